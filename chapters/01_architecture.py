@@ -24,19 +24,20 @@
 #| default_exp model
 
 # %%
+import matplotlib.pyplot as plt
+from einops import rearrange, repeat
+
+from llama2lib import plots
+
 # %%
 #| export
 import math
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-from llama2lib import plots
 
 # Letters in the shapes: B batch, T tokens, S cached tokens, D model width, N query heads, K key/value heads,
 # H head width, V vocabulary
@@ -264,7 +265,8 @@ class KVCache:
 # ## Grouped-query attention
 #
 # In multi-head attention (MHA) every query head has its own key and value head, in multi-query attention (MQA) all
-# share one, and grouped-query attention lies between: 64 query heads share 8 in the 70B model. The cache shrinks eightfold.
+# share one, and grouped-query attention lies between: in the 70B model 64 query heads share 8, and the cache shrinks
+# eightfold.
 #
 # `scaled_dot_product_attention` picks the fastest kernel for the device and shares key/value heads by itself
 # (`enable_gqa`), without making copies of them where the kernel allows. Without a cache the mask is plain causal. With
@@ -285,7 +287,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"], rope: Float[Tensor, "#B T H//2 2"], cache=None, mask=None):
-        """`cache`: this layer's (keys, values, rows, positions), written in place. `mask` (B 1 T S): what a token reads.
+        """`cache`: this layer's (keys, values, rows, positions), written in place. `mask` (B 1 T S): what tokens read.
 
         Without a mask a token reads itself and the tokens before it in `x`.
         """

@@ -20,14 +20,10 @@ __all__ = [
 import math
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-from llama2lib import plots
 
 # Letters in the shapes: B batch, T tokens, S cached tokens, D model width, N query heads, K key/value heads,
 # H head width, V vocabulary
@@ -172,7 +168,7 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"], rope: Float[Tensor, "#B T H//2 2"], cache=None, mask=None):
-        """`cache`: this layer's (keys, values, rows, positions), written in place. `mask` (B 1 T S): what a token reads.
+        """`cache`: this layer's (keys, values, rows, positions), written in place. `mask` (B 1 T S): what tokens read.
 
         Without a mask a token reads itself and the tokens before it in `x`.
         """
