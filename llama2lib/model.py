@@ -87,9 +87,7 @@ LLAMA2 = {
     "13B": ModelConfig(dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13_824),
     "34B": ModelConfig(dim=8192, n_layers=48, n_heads=64, n_kv_heads=8, hidden_dim=22_016),
     "70B": ModelConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, hidden_dim=28_672),
-    "debug": ModelConfig(
-        dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=176, vocab_size=512, max_seq_len=128
-    ),
+    "debug": ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=176, vocab_size=512, max_seq_len=128),
     "book-1M": ModelConfig(
         dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=344, vocab_size=1024, max_seq_len=512
     ),
@@ -146,6 +144,12 @@ class KVCache:
         )
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
         self.used = 0  # tokens held by the longest row: what attention has to read
+
+    def select(self, rows: Tensor):
+        "Keep only some rows (a mask or indices)."
+        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
+        self.lengths = self.lengths[rows]
+        self.used = int(self.lengths.max())
 
     def repeat(self, times: int):
         "Give every row `times` copies, next to each other: samples of one prompt share its prefill."

@@ -1,0 +1,65 @@
+# Every target makes .venv when it is missing or older than the project's requirements, and reuses it otherwise.
+# In an environment of your own (conda, a container): make test PY=python
+PY ?= .venv/bin/python
+PYTHON ?= python3
+PORT ?= 8888
+export MPLBACKEND ?= agg
+ifndef LLAMA2_DATA
+ifneq ($(wildcard ../shared/data),)
+export LLAMA2_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help env tour test test-gpu export notebooks chapters stale ledger bench lab clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+env: $(if $(filter .venv/bin/python,$(PY)),.venv/installed)  ## make .venv and install what the project needs
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch .venv/installed
+
+tour: env  ## from raw text to a small Llama 2 that writes, in minutes (chapter 00)
+	$(PY) chapters/00_tour.py
+
+test: env  ## freshness, lint, tests, and every notebook at the smoke scale
+	$(PY) chapters/export.py --check
+	$(PY) chapters/notebooks.py check
+	$(PY) -m ruff check chapters llama2lib tests
+	LLAMA2_SCALE=smoke $(PY) -m pytest tests
+	LLAMA2_SCALE=smoke $(PY) -m pytest --nbval-lax --nbval-current-env chapters
+
+test-gpu: env  ## tests that need CUDA; they skip without
+	$(PY) -m pytest tests/gpu
+
+export: env  ## write llama2lib/ from the chapters
+	$(PY) chapters/export.py
+
+notebooks: export  ## execute the notebooks that are stale
+	$(PY) chapters/notebooks.py build
+
+chapters: export  ## execute every notebook at the laptop scale
+	$(PY) chapters/notebooks.py build 0 1
+
+stale: env  ## list the notebooks that are older than their code
+	@$(PY) chapters/notebooks.py stale
+
+ledger: env  ## judge the claims and write figures/ledger.json (SEEDS=3,4,5 for other seeds, COMPARE=1 to report flips only)
+	$(foreach chapter,$(sort $(wildcard chapters/[0-9]*.py)),$(if $(SEEDS),LLAMA2_SEEDS=$(SEEDS)) $(PY) $(chapter) &&) true
+	$(PY) -m llama2lib.ledger $(if $(COMPARE),--compare)
+
+bench: env  ## timings as ratios to transformers, in one table
+	$(PY) tests/benchmarks/run.py
+
+lab: env  ## open the chapters in Jupyter
+	$(PY) -m jupyterlab chapters --port $(PORT)
+
+clean:  ## remove caches and trained mini models; .venv stays
+	rm -rf .cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

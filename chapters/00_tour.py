@@ -1,0 +1,196 @@
+# %% [markdown]
+# # The tour
+#
+# > From raw text to a small Llama 2 that writes, in a few minutes on a laptop and without a network. Each stage is one
+# > call into the library; the chapters explain what is inside.
+#
+# The paper's pipeline begins with text and a tokenizer, and trains a base model on it (section 2). This tour does the
+# same with a million parameters instead of seventy billion, and real text that every installation has.
+#
+# > Ours: the text, and every size. Later chapters add the stages that turn a base model into a chat model.
+
+# %%
+import math
+import os
+import tempfile
+import time
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama2lib import plots
+from llama2lib.checkpoint import load_checkpoint, save_checkpoint
+from llama2lib.corpus import Source, mix, packaged_sources, read_documents, shares, token_stream
+from llama2lib.generation import generate
+from llama2lib.model import LLAMA2, Llama
+from llama2lib.pretrain import PRETRAIN, held_out_loss, pretrain
+from llama2lib.recipes import cache_folder, cached, scale
+from llama2lib.tokenizer import Tokenizer, train_tokenizer
+
+smoke = scale() == "smoke"
+
+# %% [markdown]
+# ## 1. Text
+#
+# Four domains: people chatting, Python's reference manual, the standard library's docstrings, and its code. The factual
+# ones are up-sampled, as in the paper. To read your own text instead, name a file or folder:
+# `LLAMA2_TEXT=my-texts make tour`.
+
+# %%
+own_text = os.environ.get("LLAMA2_TEXT")
+if own_text:
+    sources = {Path(own_text).name: Source(tuple(read_documents(own_text)))}
+else:
+    sources = packaged_sources()
+print(f"{'source':16} {'documents':>9} {'characters':>11}  up-sampled   share  sha256")
+for name, source in sources.items():
+    print(
+        f"{name:16} {len(source.documents):9,} {source.characters:11,} {source.upsampling:10}× "
+        f"{shares(sources)[name]:7.1%}  {source.digest[:12]}"
+    )
+
+# %% [markdown]
+# One document in twenty is held out, to measure on later.
+
+# %%
+training, held_out = {}, {}
+for name, source in sources.items():
+    training[name], held_out[name] = source.split()
+
+
+def mixture():
+    "Training documents without end, each source at its share."
+    return (document for _, document in mix(training, shares(sources)))
+
+
+print({name: len(documents) for name, documents in held_out.items()}, "documents held out")
+
+# %% [markdown]
+# ## 2. A tokenizer
+#
+# Byte-pair encoding learns the 2,048 most useful pieces. Digits stay apart, and what has no piece is spelled in bytes.
+
+# %%
+folder = cache_folder() / "tour"
+tokenizer = train_tokenizer(islice(mixture(), 300 if smoke else 1500), 2048, folder / "tokenizer.model")
+for text in ("What is your favorite movie?", "def area(r): return 3.14 * r ** 2"):
+    print("|".join(tokenizer.decode([1, i]) for i in tokenizer.encode(text)))
+pieces = sum(len(tokenizer.encode(text)) for text in islice(mixture(), 100))
+print(f"{sum(map(len, islice(mixture(), 100))) / pieces:.2f} characters per piece")
+
+# %% [markdown]
+# ## 3. A model
+#
+# The architecture of section 2.2 at a width of 128: RMSNorm, SwiGLU, rotary positions, and two key/value heads for four
+# query heads.
+
+# %%
+config = replace(LLAMA2["debug" if smoke else "book-1M"], vocab_size=tokenizer.vocab_size)
+print(f"{config.num_params:,} parameters: {asdict(config)}")
+
+# %% [markdown]
+# ## 4. Pretraining
+#
+# The paper's recipe (AdamW, warm-up, cosine to a tenth, weight decay 0.1, clipping), in steps of 4,096 tokens instead of
+# four million. About three minutes on two cores the first time; after that the result comes from the cache.
+
+# %%
+recipe = PRETRAIN["book-1M"]
+if smoke:
+    recipe = replace(recipe, tokens=40 * 512, batch_tokens=512, max_seq_len=64, warmup_steps=4)
+stream = token_stream(tokenizer, mixture(), recipe.tokens + 1)
+probes = {name: token_stream(tokenizer, documents, 20_000) for name, documents in held_out.items()}
+print(f"{len(stream):,} tokens, {recipe.steps} steps, 1 pass")
+
+
+def train_base() -> dict:
+    "Train a fresh model on the stream; its weights, the training loss, and the held-out loss of each source on the way."
+    torch.manual_seed(0)
+    model, began = Llama(config), time.time()
+    loss, measured = [], {name: [] for name in probes}
+    bar = tqdm(pretrain(model, stream, recipe), total=recipe.steps, unit="step", desc="pretraining")
+    for step in bar:
+        loss.append(step.loss)
+        bar.set_postfix(loss=f"{step.loss:.2f}", tokens=f"{step.tokens:,}")
+        if step.step % max(1, recipe.steps // 12) == 0 or step.step == recipe.steps - 1:
+            for name, probe in probes.items():
+                measured[name].append([step.tokens, held_out_loss(model, probe, recipe.max_seq_len, max_rows=32)])
+    return {"weights": model.state_dict(), "loss": loss, "held_out": measured, "seconds": time.time() - began}
+
+
+inputs = {"config": asdict(config), "recipe": asdict(recipe), "text": {n: s.digest for n, s in sources.items()}}
+base = cached("tour-base", inputs, train_base)
+model = Llama(config)
+model.load_state_dict(base["weights"])
+
+# %% [markdown]
+# Loss is in nats per token: how surprised the model is by the next piece, on average. Guessing evenly among 2,048 pieces
+# costs 7.6.
+
+# %%
+fig, ax = plt.subplots(layout="constrained")
+tokens = recipe.batch_rows * recipe.max_seq_len * np.arange(1, len(base["loss"]) + 1)
+ax.plot(tokens / 1e6, base["loss"], color="0.8", label="training, every step")
+for name, points in base["held_out"].items():
+    seen, loss = np.array(points).T
+    ax.plot(seen / 1e6, loss, marker=".", label=f"{name}, held out")
+ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title="Every domain is still getting easier")
+ax.legend(frameon=False)
+plots.save(fig, "00_loss_by_source.png")
+
+# %%
+last = {name: points[-1][1] for name, points in base["held_out"].items()}
+assert all(loss < math.log(config.vocab_size) for loss in last.values()), last
+print({name: round(loss, 2) for name, loss in last.items()}, "nats per token at the end")
+
+# %% [markdown]
+# ## 5. It writes
+#
+# Four beginnings, continued at temperature 0.7 and top-p 0.9. With a million parameters and a few minutes of training it
+# has learned how each domain looks and which words go together, and not what they mean.
+
+# %%
+beginnings = ["A: Hi! How are you?\nB:", "The \"while\" statement", "Return a list of", "def read(self"]
+if own_text:
+    beginnings = [documents[0][:40] for documents in held_out.values() if documents]
+prompts = [tokenizer.encode(text, bos=True) for text in beginnings]
+completions = generate(model, prompts, 60, temperature=0.7, top_p=0.9, seed=1, eos_id=tokenizer.eos_id)
+for text, prompt, completion in zip(beginnings, prompts, completions, strict=True):
+    print(f"{text}⟩{tokenizer.decode(prompt + completion.tokens)[len(text) :]}\n{'─' * 60}")
+
+# %% [markdown]
+# ## 6. Save, load, and hand over
+#
+# The checkpoint is a Hugging Face folder. `load_checkpoint` reads it back, and so does `transformers`, with the same
+# logits.
+
+# %%
+save_checkpoint(model, folder / "base", tokenizer=tokenizer)
+again = load_checkpoint(folder / "base")
+tokens = torch.tensor([prompts[0]])
+with torch.no_grad():
+    assert torch.equal(again(tokens), model(tokens))
+print(sorted(file.name for file in (folder / "base").iterdir()))
+
+# %%
+try:
+    from transformers import AutoModelForCausalLM
+except ImportError:
+    print("transformers is not installed: pip install 'llama2lib[hub]'")
+else:
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        difference = (theirs(tokens).logits - model(tokens)).abs().max().item()
+    print(f"largest difference between transformers' logits and ours: {difference:.0e}")
+    assert difference < 1e-4
+
+# %% [markdown]
+# ## What comes next
+#
+# Chapter 01 builds this model from its parts, chapter 02 trains it, and both say where the paper is silent. To load a
+# real Llama 2, give `load_checkpoint` the folder that Meta or Hugging Face ships.

@@ -1,0 +1,500 @@
+# %% [markdown]
+# # Pretraining
+#
+# > From documents to a trained base model: where text comes from, how sources are mixed, and the optimiser's recipe.
+# > Paper sections 2.1 and 2.2.
+#
+# The paper trains on two trillion tokens of public text, with 'the most factual sources' up-sampled, and names no
+# source. It does name the recipe: AdamW, warm-up, a cosine to a tenth of the peak, weight decay, clipping, four million
+# tokens a step.
+#
+# > Ours: four domains of real text that every installation has, in place of the paper's private mix. The recipe is the
+# > paper's, scaled down.
+
+# %%
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from llama2lib import ledger, paper, plots
+from llama2lib.model import LLAMA2, Llama
+
+# %% [markdown]
+# ## Sources
+#
+# Four domains come with Python itself and with one small package: human conversations (`chitchat-dataset`, MIT
+# licence), the language reference that `help()` prints, the docstrings of the standard library, and its source code. A
+# source is a list of documents; the texts differ a little between Python versions, so a digest is recorded with every
+# result.
+
+# %%
+#| export corpus
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from llama2lib.tokenizer import Tokenizer
+
+
+@cache
+def conversations() -> list[str]:
+    "Dialogues between two people, a turn a line, `A:` and `B:` in turn (package chitchat-dataset)."
+    dialogs = json.loads(resources.files("chitchat_dataset").joinpath("dataset.json").read_text("utf-8"))
+    texts = []
+    for dialog in dialogs.values():
+        turns = (" ".join(message["text"].strip() for message in turn) for turn in dialog["messages"])
+        texts.append("\n".join(f"{'AB'[i % 2]}: {turn}" for i, turn in enumerate(turns)))
+    return texts
+
+
+@cache
+def manual() -> list[str]:
+    "The Python language reference, a topic a document (the text behind `help()`)."
+    from pydoc_data.topics import topics
+
+    return list(topics.values())
+
+
+@cache
+def source_code() -> list[str]:
+    "The standard library's modules, without its tests and its tables of character codes."
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+    }
+    files = (f for f in sorted(folder.rglob("*.py")) if not left_out & set(f.relative_to(folder).parts))
+    return [text for text in (f.read_text("utf-8", errors="replace") for f in files) if text.strip()]
+
+
+@cache
+def docstrings() -> list[str]:
+    "The standard library's docstrings, a module a document."
+    documented, texts = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef), []
+    for code in source_code():
+        try:
+            nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, documented)]
+        except SyntaxError:  # templates and deliberately broken files
+            continue
+        found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes]
+        text = "\n\n".join(f"{name}\n{doc}".strip() for name, doc in found if doc)
+        texts += [text] if text else []
+    return texts
+
+
+# %% [markdown]
+# Any other text will do as well: a file, or a folder of files. A file that is not UTF-8 stops with its name and the
+# place, and is not skipped.
+
+
+# %%
+#| export corpus
+def read_documents(path: str | Path) -> list[str]:
+    """Documents of a text file, a JSONL file (field `text`), or a folder of such. Long texts are cut at blank lines.
+
+    Raises FileNotFoundError; ValueError with file and place for text that is not UTF-8, a bad row, or no text at all.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a text file, a JSONL file or a folder of them")
+    files = (
+        [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")] if path.is_dir() else [path]
+    )
+    documents = []
+    for file in files:
+        try:
+            text = file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: byte {error.start} is not UTF-8 text ({error.reason})") from None
+        documents += list(_rows(file, text)) if file.suffix == ".jsonl" else cut(text)
+    if not documents:
+        raise ValueError(f"{path}: no text in {len(files)} file{'s' * (len(files) != 1)}")
+    return documents
+
+
+def _rows(file: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {"text": ""}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error.msg})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"{file}:{number}: expected an object with a string in the field 'text'")
+        if row["text"].strip():
+            yield row["text"]
+
+
+def cut(text: str, size: int = 4000) -> list[str]:
+    "Cut a text at blank lines into documents of about `size` characters; nothing but blank lines is lost."
+    documents, current = [], ""
+    for paragraph in text.split("\n\n"):
+        current += ("\n\n" if current else "") + paragraph
+        if len(current) >= size:
+            documents, current = [*documents, current], ""
+    return [document for document in [*documents, current] if document.strip()]
+
+
+# %% [markdown]
+# ## The mix
+#
+# Each source gets a share of the tokens: its size times a multiplier. The factual ones count eight- and fourfold, which
+# is what the paper means by up-sampling; it does not say by how much.
+#
+# A twentieth of each source is held out. A document's own digest decides, so that the split stays when documents come
+# and go, and a text that occurs twice cannot be on both sides.
+
+
+# %%
+#| export corpus
+@dataclass(frozen=True)
+class Source:
+    "Documents of one domain; `upsampling` multiplies its share of the mix (section 2.1)."
+
+    documents: tuple[str, ...]
+    upsampling: float = 1.0
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.documents))
+
+    @property
+    def digest(self) -> str:
+        "sha256 of all documents in order: which text a result was measured on."
+        return hashlib.sha256("\0".join(self.documents).encode("utf-8", "replace")).hexdigest()
+
+    def split(self) -> tuple[list[str], list[str]]:
+        "Documents for training, and one in twenty, by their digest, that are held out."
+        parts: tuple[list[str], list[str]] = [], []
+        for document in self.documents:
+            parts[hashlib.sha256(document.encode("utf-8", "replace")).digest()[0] < 256 / 20].append(document)
+        return parts
+
+
+PACKAGED: dict[str, tuple[Callable[[], list[str]], float]] = {
+    "conversations": (conversations, 1),
+    "manual": (manual, 8),
+    "docstrings": (docstrings, 4),
+    "source code": (source_code, 1),
+}
+
+
+def packaged_sources() -> dict[str, Source]:
+    "The four domains that come with the installation, the factual ones up-sampled."
+    return {name: Source(tuple(load()), upsampling) for name, (load, upsampling) in PACKAGED.items()}
+
+
+def shares(sources: Mapping[str, Source]) -> dict[str, float]:
+    "Share of each source in the mix: characters times up-sampling, made to sum to one."
+    weights = {name: source.characters * source.upsampling for name, source in sources.items()}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+# %%
+from llama2lib.corpus import packaged_sources, shares
+
+sources = packaged_sources()
+print(f"{'source':14} documents  characters  up-sampled  share  sha256")
+for name, source in sources.items():
+    print(
+        f"{name:14} {len(source.documents):9,} {source.characters:11,} {source.upsampling:10}×"
+        f" {shares(sources)[name]:6.1%}  {source.digest[:12]}"
+    )
+assert math.isclose(sum(shares(sources).values()), 1)
+
+# %% [markdown]
+# ## A stream of tokens
+#
+# Documents are drawn from whichever source lags most behind its share, each source in an order shuffled by the seed,
+# and again from the start when it runs out. Every document stands between one BOS and one EOS, as every dialogue turn
+# will, and they follow each other without padding.
+
+
+# %%
+#| export corpus
+def mix(sources: Mapping[str, Sequence[str]], shares: Mapping[str, float], seed: int = 0) -> Iterator[tuple[str, str]]:
+    "Yield (source, document) without end, keeping each source's characters at its share; ValueError if one is empty."
+    for name, documents in sources.items():
+        if not any(documents):
+            raise ValueError(f"source {name!r} has no text")
+    random = np.random.default_rng(seed)
+    drawn = dict.fromkeys(sources, 0)
+    waiting: dict[str, list[str]] = {name: [] for name in sources}
+    while True:
+        name = min(sources, key=lambda name: drawn[name] / shares[name])
+        if not waiting[name]:
+            waiting[name] = [sources[name][i] for i in random.permutation(len(sources[name]))]
+        document = waiting[name].pop()
+        drawn[name] += len(document)
+        yield name, document
+
+
+def token_stream(tokenizer: Tokenizer, documents: Iterable[str], limit: int | None = None) -> np.ndarray:
+    "BOS, document, EOS, BOS, next document, … as one array of uint16 or uint32, at most `limit` tokens; 1-D."
+    pieces, total = [], 0
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    for document in documents:
+        pieces.append(np.array(tokenizer.encode(document, bos=True, eos=True), dtype))
+        total += len(pieces[-1])
+        if limit is not None and total >= limit:
+            break
+    if not pieces:
+        raise ValueError("no documents to make tokens of")
+    return np.concatenate(pieces)[:limit]
+
+
+# %%
+from itertools import islice
+
+from llama2lib.corpus import mix
+
+drawn = dict.fromkeys(sources, 0)
+for name, document in islice(mix({n: s.documents for n, s in sources.items()}, shares(sources)), 3000):
+    drawn[name] += len(document)
+for name, share in shares(sources).items():
+    print(f"{name:14} wanted {share:.1%}, drew {drawn[name] / sum(drawn.values()):.1%}")
+
+# %% [markdown]
+# ## The optimiser
+#
+# The paper gives AdamW with $\beta = (0.9, 0.95)$ and $\epsilon = 10^{-5}$, weight decay 0.1, gradients clipped to norm
+# 1, a warm-up of 2,000 steps and a cosine down to a tenth of the peak.
+#
+# > Ours: the paper does not say what is exempt from weight decay. We decay matrices, the embedding among them, and
+# > leave the norms' weights alone: pulling a scale towards zero is not a prior anyone wants.
+
+# %%
+#| export optim
+import math
+
+import torch
+from torch import nn
+
+
+def cosine_lr(step: int, peak: float, warmup_steps: int, total_steps: int, final: float = 0.1) -> float:
+    """Learning rate of 0-based `step` (section 2.2): linear to `peak`, then a cosine to `final`·peak at the last step.
+
+    Step warmup_steps - 1 is the first at the peak, step total_steps - 1 the last of all.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps + 1) / max(1, total_steps - warmup_steps)
+    return peak * (final + (1 - final) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
+
+
+def adamw(
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-5,
+    weight_decay: float = 0.1,
+) -> torch.optim.AdamW:
+    "AdamW with the paper's constants (section 2.2); vectors, that is the norms' weights, are not decayed (ours)."
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+# %%
+from llama2lib.optim import adamw, cosine_lr
+
+lr = [cosine_lr(step, peak=3e-4, warmup_steps=2000, total_steps=500_000) for step in range(500_000)]
+assert max(lr) == lr[1999] == 3e-4 and math.isclose(lr[-1], 3e-5)
+fig, ax = plt.subplots(layout="constrained")
+ax.plot(range(0, 500_000, 500), lr[::500])
+ax.plot(2000, 3e-4, "o", mfc="white", label="2,000 steps of warm-up")
+ax.set(
+    xlabel="step of 4M tokens",
+    ylabel="learning rate",
+    title="7B: the warm-up takes 0.4 % of the training",
+    ylim=(0, None),
+)
+ax.legend(frameon=False)
+plots.save(fig, "02_learning_rate.png")
+
+# %% [markdown]
+# ## The recipe
+#
+# One frozen record holds what a run needs besides the model. Its defaults are the paper's; the sizes differ in their
+# learning rate only (Table 1). Two trillion tokens in steps of four million are 500,000 steps.
+
+# %%
+#| export pretrain
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from llama2lib.model import Llama
+from llama2lib.optim import adamw, cosine_lr
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    "The pretraining recipe of section 2.2; the defaults are the paper's for 7B and 13B."
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    warmup_steps: int = 2000
+    final_lr: float = 0.1  # share of the peak that the cosine ends at
+    batch_tokens: int = 4_000_000
+    tokens: int = 2_000_000_000_000
+    max_seq_len: int = 4096
+    micro_batch: int = 16  # rows in one forward pass; the rest of the batch is accumulated
+
+    @property
+    def batch_rows(self) -> int:
+        return max(1, round(self.batch_tokens / self.max_seq_len))
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / self.batch_tokens))
+
+
+PRETRAIN = {
+    "7B": PretrainConfig(),
+    "13B": PretrainConfig(),
+    "34B": PretrainConfig(lr=1.5e-4),
+    "70B": PretrainConfig(lr=1.5e-4),
+    "book-1M": PretrainConfig(lr=3e-3, warmup_steps=40, batch_tokens=4096, tokens=1_600_000, max_seq_len=256),
+}
+
+# %%
+from llama2lib.pretrain import PRETRAIN
+
+constants = paper.TEXT["Section 2.2"]
+for name in (
+    "betas",
+    "eps",
+    "weight_decay",
+    "grad_clip",
+    "warmup_steps",
+    "final_lr",
+    "batch_tokens",
+    "tokens",
+    "max_seq_len",
+):
+    ledger.record(
+        "Section 2.2", name, "preset", constants[name], getattr(PRETRAIN["7B"], name),
+        evidence=f"llama2lib/pretrain.py::{name}",
+    )  # fmt: skip
+for size, peak in constants["lr"].items():
+    ledger.record(
+        "Table 1",
+        f"{size}: learning rate",
+        "preset",
+        peak,
+        PRETRAIN[size].lr,
+        evidence="llama2lib/pretrain.py::PRETRAIN",
+    )
+assert PRETRAIN["70B"].steps == 500_000
+
+# %% [markdown]
+# ## The loop
+#
+# A step adds up the loss over its micro-batches, divides by the number of targets in the whole step, clips, and moves.
+# The loop hands out a line of numbers after every step and stops at the first loss that is not finite; what to do
+# between steps (draw, evaluate, save) is up to the caller.
+
+
+# %%
+#| export pretrain
+class Step(NamedTuple):
+    "What one optimiser step measured: loss in nats per token, gradient norm before clipping, tokens seen so far."
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+
+
+def rows(stream: np.ndarray, length: int, seed: int | None = None) -> torch.Tensor:
+    "Cut a 1-D stream into rows of `length` + 1 tokens, each sharing one with the next, in an order shuffled by `seed`."
+    count = (len(stream) - 1) // length
+    if count < 1:
+        raise ValueError(f"{len(stream)} tokens do not fill one row of {length} and its target")
+    starts = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+    return torch.from_numpy(stream.astype(np.int64)[starts[:, None] * length + np.arange(length + 1)])
+
+
+def pretrain(model: Llama, stream: np.ndarray, config: PretrainConfig, seed: int = 0) -> Iterator[Step]:
+    """Train `model` on a 1-D stream of token ids, yielding a `Step` after each step; goes round when the stream ends.
+
+    Raises FloatingPointError, before the weights change, when the loss or the gradient is not finite.
+    """
+    device = model.tok_embeddings.weight.device
+    data = rows(stream, config.max_seq_len, seed)
+    optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
+    model.train()
+    for step in range(config.steps):
+        picked = torch.arange(step * config.batch_rows, (step + 1) * config.batch_rows) % len(data)
+        lr = cosine_lr(step, config.lr, config.warmup_steps, config.steps, config.final_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        targets, loss = config.batch_rows * config.max_seq_len, 0.0
+        for part in picked.split(config.micro_batch):
+            batch = data[part].to(device)
+            part_loss = next_token_loss(model, batch) / targets
+            part_loss.backward()
+            loss += part_loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {norm}; rows {picked.tolist()} of the stream"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        yield Step(step, loss, lr, norm, (step + 1) * targets)
+
+
+def next_token_loss(model: Llama, batch: torch.Tensor) -> torch.Tensor:
+    "Summed cross-entropy (nats) of tokens 1…T of each row given those before. (B T+1) → ()"
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+
+
+@torch.no_grad()
+def held_out_loss(model: Llama, stream: np.ndarray, length: int, max_rows: int = 64) -> float:
+    "Mean loss in nats per token over the first `max_rows` rows of a stream."
+    data = rows(stream, length)[:max_rows].to(model.tok_embeddings.weight.device)
+    return sum(next_token_loss(model, part).item() for part in data.split(16)) / data[:, 1:].numel()
+
+
+# %% [markdown]
+# A quick look: a model with 100,000 parameters learns one page by heart.
+
+# %%
+from llama2lib.pretrain import PretrainConfig, pretrain
+
+torch.manual_seed(0)
+page = np.frombuffer(sources["manual"].documents[0].encode()[:1025], np.uint8).astype(np.uint16)
+tiny = Llama(LLAMA2["debug"])
+config = PretrainConfig(lr=1e-2, warmup_steps=5, batch_tokens=1024, tokens=1024 * 60, max_seq_len=128)
+losses = [step.loss for step in pretrain(tiny, page, config)]
+print(f"loss {losses[0]:.2f} → {losses[-1]:.2f} nats per byte; a uniform guess costs {math.log(512):.2f}")
+assert abs(losses[0] - math.log(512)) < 0.3 and losses[-1] < losses[0] / 2

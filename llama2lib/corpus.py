@@ -1,0 +1,207 @@
+"""Generated from chapters/02_pretraining.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "conversations",
+    "manual",
+    "source_code",
+    "docstrings",
+    "read_documents",
+    "cut",
+    "Source",
+    "PACKAGED",
+    "packaged_sources",
+    "shares",
+    "mix",
+    "token_stream",
+]
+
+
+# ---------- chapters/02_pretraining.py · Sources
+
+import ast
+import hashlib
+import json
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from llama2lib.tokenizer import Tokenizer
+
+
+@cache
+def conversations() -> list[str]:
+    "Dialogues between two people, a turn a line, `A:` and `B:` in turn (package chitchat-dataset)."
+    dialogs = json.loads(resources.files("chitchat_dataset").joinpath("dataset.json").read_text("utf-8"))
+    texts = []
+    for dialog in dialogs.values():
+        turns = (" ".join(message["text"].strip() for message in turn) for turn in dialog["messages"])
+        texts.append("\n".join(f"{'AB'[i % 2]}: {turn}" for i, turn in enumerate(turns)))
+    return texts
+
+
+@cache
+def manual() -> list[str]:
+    "The Python language reference, a topic a document (the text behind `help()`)."
+    from pydoc_data.topics import topics
+
+    return list(topics.values())
+
+
+@cache
+def source_code() -> list[str]:
+    "The standard library's modules, without its tests and its tables of character codes."
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "pydoc_data",
+        "__pycache__",
+    }
+    files = (f for f in sorted(folder.rglob("*.py")) if not left_out & set(f.relative_to(folder).parts))
+    return [text for text in (f.read_text("utf-8", errors="replace") for f in files) if text.strip()]
+
+
+@cache
+def docstrings() -> list[str]:
+    "The standard library's docstrings, a module a document."
+    documented, texts = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef), []
+    for code in source_code():
+        try:
+            nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, documented)]
+        except SyntaxError:  # templates and deliberately broken files
+            continue
+        found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes]
+        text = "\n\n".join(f"{name}\n{doc}".strip() for name, doc in found if doc)
+        texts += [text] if text else []
+    return texts
+
+def read_documents(path: str | Path) -> list[str]:
+    """Documents of a text file, a JSONL file (field `text`), or a folder of such. Long texts are cut at blank lines.
+
+    Raises FileNotFoundError; ValueError with file and place for text that is not UTF-8, a bad row, or no text at all.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a text file, a JSONL file or a folder of them")
+    files = (
+        [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")] if path.is_dir() else [path]
+    )
+    documents = []
+    for file in files:
+        try:
+            text = file.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: byte {error.start} is not UTF-8 text ({error.reason})") from None
+        documents += list(_rows(file, text)) if file.suffix == ".jsonl" else cut(text)
+    if not documents:
+        raise ValueError(f"{path}: no text in {len(files)} file{'s' * (len(files) != 1)}")
+    return documents
+
+
+def _rows(file: Path, text: str) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {"text": ""}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error.msg})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"{file}:{number}: expected an object with a string in the field 'text'")
+        if row["text"].strip():
+            yield row["text"]
+
+
+def cut(text: str, size: int = 4000) -> list[str]:
+    "Cut a text at blank lines into documents of about `size` characters; nothing but blank lines is lost."
+    documents, current = [], ""
+    for paragraph in text.split("\n\n"):
+        current += ("\n\n" if current else "") + paragraph
+        if len(current) >= size:
+            documents, current = [*documents, current], ""
+    return [document for document in [*documents, current] if document.strip()]
+
+
+# ---------- chapters/02_pretraining.py · The mix
+
+@dataclass(frozen=True)
+class Source:
+    "Documents of one domain; `upsampling` multiplies its share of the mix (section 2.1)."
+
+    documents: tuple[str, ...]
+    upsampling: float = 1.0
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, self.documents))
+
+    @property
+    def digest(self) -> str:
+        "sha256 of all documents in order: which text a result was measured on."
+        return hashlib.sha256("\0".join(self.documents).encode("utf-8", "replace")).hexdigest()
+
+    def split(self) -> tuple[list[str], list[str]]:
+        "Documents for training, and one in twenty, by their digest, that are held out."
+        parts: tuple[list[str], list[str]] = [], []
+        for document in self.documents:
+            parts[hashlib.sha256(document.encode("utf-8", "replace")).digest()[0] < 256 / 20].append(document)
+        return parts
+
+
+PACKAGED: dict[str, tuple[Callable[[], list[str]], float]] = {
+    "conversations": (conversations, 1),
+    "manual": (manual, 8),
+    "docstrings": (docstrings, 4),
+    "source code": (source_code, 1),
+}
+
+
+def packaged_sources() -> dict[str, Source]:
+    "The four domains that come with the installation, the factual ones up-sampled."
+    return {name: Source(tuple(load()), upsampling) for name, (load, upsampling) in PACKAGED.items()}
+
+
+def shares(sources: Mapping[str, Source]) -> dict[str, float]:
+    "Share of each source in the mix: characters times up-sampling, made to sum to one."
+    weights = {name: source.characters * source.upsampling for name, source in sources.items()}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+# ---------- chapters/02_pretraining.py · A stream of tokens
+
+def mix(sources: Mapping[str, Sequence[str]], shares: Mapping[str, float], seed: int = 0) -> Iterator[tuple[str, str]]:
+    "Yield (source, document) without end, keeping each source's characters at its share; ValueError if one is empty."
+    for name, documents in sources.items():
+        if not any(documents):
+            raise ValueError(f"source {name!r} has no text")
+    random = np.random.default_rng(seed)
+    drawn = dict.fromkeys(sources, 0)
+    waiting: dict[str, list[str]] = {name: [] for name in sources}
+    while True:
+        name = min(sources, key=lambda name: drawn[name] / shares[name])
+        if not waiting[name]:
+            waiting[name] = [sources[name][i] for i in random.permutation(len(sources[name]))]
+        document = waiting[name].pop()
+        drawn[name] += len(document)
+        yield name, document
+
+
+def token_stream(tokenizer: Tokenizer, documents: Iterable[str], limit: int | None = None) -> np.ndarray:
+    "BOS, document, EOS, BOS, next document, … as one array of uint16 or uint32, at most `limit` tokens; 1-D."
+    pieces, total = [], 0
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    for document in documents:
+        pieces.append(np.array(tokenizer.encode(document, bos=True, eos=True), dtype))
+        total += len(pieces[-1])
+        if limit is not None and total >= limit:
+            break
+    if not pieces:
+        raise ValueError("no documents to make tokens of")
+    return np.concatenate(pieces)[:limit]

@@ -1,0 +1,165 @@
+"""Generated from chapters/01_architecture.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "sample",
+    "Completion",
+    "check_prompts",
+    "decode",
+    "generate",
+    "stream",
+]
+
+
+# ---------- chapters/01_architecture.py · Generation
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llama2lib.model import KVCache, Llama
+
+
+def sample(
+    logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B"], temperature: float = 1.0, top_p: float = 1.0
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
+    """Draw a token per row with one uniform number in [0, 1) each; returns tokens and their log-probabilities.
+
+    The log-probability is after temperature and before top-p; at temperature 0 (greedy), of the untempered logits.
+    """
+    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
+    if temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        probs, order = logprobs.to(wide).exp(), None
+        if top_p < 1:
+            probs, order = probs.sort(-1, descending=True)
+            probs = probs * (probs.cumsum(-1) - probs < top_p)
+        cumulative = probs.cumsum(-1)
+        target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
+        tokens = tokens if order is None else order.gather(-1, tokens)
+    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+@dataclass
+class Completion:
+    "What a model added to one prompt: `finished` tells that it ended with EOS, which is then the last token."
+
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]):
+    "Raise unless every prompt is a non-empty list of token ids that leaves room for an answer in the context."
+    vocab_size, context = model.config.vocab_size, model.config.max_seq_len
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, int | str):
+            raise TypeError(f"prompts[{i}] is {prompt!r}: expected a list of token ids for every prompt")
+        if len(prompt) == 0:
+            raise ValueError(f"prompts[{i}] is empty: expected at least one token, such as BOS")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"prompts[{i}] has {len(prompt)} tokens: the context of {context} leaves no room to answer"
+            )
+        for place, token in enumerate(prompt):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"prompts[{i}][{place}] is {token}: the vocabulary has ids 0 to {vocab_size - 1}")
+
+
+@torch.inference_mode()
+def decode(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | Sequence[int],
+    eos_id: int | None,
+    num_samples: int,
+) -> Iterator[list[tuple[int, int, float]]]:
+    "Yield, step by step, (row, token, log-probability) of every row that is still open. Arguments as in `generate`."
+    check_prompts(model, prompts)
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1")
+    if not isinstance(seed, int) and len(seed) != len(prompts):
+        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: expected one number, or one for each prompt")
+    if not prompts or max_new_tokens < 1:
+        return
+    config, device = model.config, model.tok_embeddings.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    longest = int(lengths.max())
+    entropy = [(seed, i) if isinstance(seed, int) else (seed[i], 0) for i in range(len(prompts))]
+    streams = [np.random.default_rng((*pair, n)) for pair in entropy for n in range(num_samples)]
+    uniform = torch.from_numpy(np.stack([stream.random(max_new_tokens) for stream in streams]))
+    uniform = uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    padded = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
+    cache = KVCache(model, len(prompts), min(longest + max_new_tokens, config.max_seq_len))
+    states = model.hidden(padded, cache)
+    cache.lengths = lengths
+    logits = model.output(states[torch.arange(len(prompts), device=device), lengths - 1]).float()
+    cache.repeat(num_samples)
+    logits = logits.repeat_interleave(num_samples, 0)
+
+    rows = torch.arange(len(streams), device=device)  # which row of the result each row of the batch is
+    is_open = torch.ones_like(rows, dtype=torch.bool)
+    for step in range(max_new_tokens):
+        tokens, logprobs = sample(logits, uniform[rows, step], temperature, top_p)
+        yield list(zip(*(t[is_open].tolist() for t in (rows, tokens, logprobs)), strict=True))
+        full = cache.lengths + 1 >= config.max_seq_len
+        is_open &= ~full if eos_id is None else ~full & (tokens != eos_id)
+        count = int(is_open.sum())
+        if count == 0 or step + 1 == max_new_tokens:
+            return
+        if 2 * count <= len(rows) or full.any():
+            cache.select(is_open)
+            rows, tokens, is_open = rows[is_open], tokens[is_open], is_open[is_open]
+        logits = model.output(model.hidden(tokens[:, None], cache)[:, -1]).float()
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    eos_id: int | None = None,
+    num_samples: int = 1,
+) -> list[Completion]:
+    """Continue every prompt (a list of token ids) `num_samples` times; a flat list, prompt by prompt.
+
+    A completion ends with `eos_id`, after `max_new_tokens`, or when the context is full. `logprobs` are of the sampled
+    distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
+    on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
+    Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range.
+    """
+    results = [Completion([], [], False) for _ in range(len(prompts) * num_samples)]
+    for step in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples):
+        for row, token, logprob in step:
+            if logprob != logprob:
+                raise FloatingPointError(f"row {row}, token {len(results[row].tokens)}: the logits are not finite")
+            results[row].tokens.append(token)
+            results[row].logprobs.append(logprob)
+            results[row].finished = token == eos_id
+    return results
+
+
+def stream(
+    model: Llama,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int | None = None,
+) -> Iterator[int]:
+    "Yield the tokens that continue one prompt as they are drawn: the same tokens as `generate` returns."
+    for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, num_samples=1):
+        yield step[0][1]

@@ -1,0 +1,44 @@
+"""Shared pieces: small random models of every attention kind, the real tokenizer, a cache that is thrown away."""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llama2lib.model import LLAMA2, Llama
+from llama2lib.recipes import data_file
+
+SHAPES = {
+    "MHA": dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=176, vocab_size=128),
+    "GQA": dict(dim=64, n_layers=3, n_heads=8, n_kv_heads=2, hidden_dim=100, vocab_size=97),
+    "MQA": dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=1, hidden_dim=52, vocab_size=131),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def throwaway_cache(tmp_path_factory):
+    os.environ["LLAMA2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def random_model(shape: str = "GQA", seed: int = 0, **changes) -> Llama:
+    "A model whose weights are large enough that every one of them shows in the logits."
+    torch.manual_seed(seed)
+    model = Llama(replace(LLAMA2["debug"], **{**SHAPES[shape], "max_seq_len": 128, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0, 0.3) if name.endswith("norm.weight") else parameter.normal_(0, 0.12)
+    return model
+
+
+@pytest.fixture(params=SHAPES)
+def model(request) -> Llama:
+    return random_model(request.param)
+
+
+@pytest.fixture
+def real_tokenizer_file():
+    file = data_file("llama2-tokenizer/tokenizer.model")
+    if file is None:
+        pytest.skip("needs llama2-tokenizer/tokenizer.model under LLAMA2_DATA")
+    return file

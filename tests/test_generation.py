@@ -1,0 +1,147 @@
+"""Generation: equal to uncached decoding, rows independent, log-probabilities those of the sampled distribution."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from llama2lib.generation import Completion, generate, sample, stream
+
+PROMPTS = [[1, 5, 9], [1, 7, 7, 7, 90, 31, 8], [1], [3, 2, 1, 0]]
+
+
+def by_hand(model, prompt, steps):
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(steps):
+            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
+    return text[len(prompt) :]
+
+
+def test_greedy_equals_uncached_decoding_in_a_ragged_batch(model):
+    for prompt, completion in zip(PROMPTS, generate(model, PROMPTS, 64, temperature=0), strict=True):
+        assert completion.tokens == by_hand(model, prompt, 64)
+        assert not completion.finished
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.5])
+def test_logprobs_are_those_of_the_whole_sequence(model, temperature):
+    completions = generate(model, PROMPTS, 20, temperature=temperature, top_p=0.8, seed=3, num_samples=2)
+    with torch.no_grad():
+        for i, completion in enumerate(completions):
+            tokens = torch.tensor([PROMPTS[i // 2] + completion.tokens])
+            logprobs = (model(tokens)[0, :-1] / (temperature or 1)).log_softmax(-1)
+            expected = logprobs.gather(-1, tokens[0, 1:, None])[-20:, 0]
+            assert torch.allclose(expected, torch.tensor(completion.logprobs), atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model):
+    together = generate(model, PROMPTS, 30, temperature=1.2, seed=[10, 11, 12, 13], num_samples=2)
+    for i, prompt in enumerate(PROMPTS):
+        alone = generate(model, [prompt], 30, temperature=1.2, seed=[10 + i], num_samples=2)
+        assert [c.tokens for c in alone] == [c.tokens for c in together[2 * i : 2 * i + 2]]
+
+
+def test_seeds_prompts_and_samples_have_streams_of_their_own():
+    model = random_model()
+    runs = [generate(model, [[1], [1]], 24, seed=seed, num_samples=3) for seed in (0, 1, 0)]
+    assert [c.tokens for c in runs[0]] == [c.tokens for c in runs[2]]
+    texts = [tuple(c.tokens) for c in runs[0] + runs[1]]
+    assert len(set(texts)) == 12
+
+
+def test_more_tokens_only_continue():
+    model = random_model()
+    short, long = (generate(model, PROMPTS, n, seed=5) for n in (7, 21))
+    assert [c.tokens for c in short] == [c.tokens[:7] for c in long]
+
+
+def test_rows_that_end_leave_without_disturbing_the_others():
+    "EOS ends rows at different steps, so that the batch shrinks several times; each row ends with its EOS."
+    model = random_model()
+    free = generate(model, PROMPTS * 4, 60, temperature=1.5, seed=1)
+    eos = 17
+    ended = generate(model, PROMPTS * 4, 60, temperature=1.5, seed=1, eos_id=eos)
+    assert 4 < sum(c.finished for c in ended) < 16
+    for open_end, completion in zip(free, ended, strict=True):
+        until = open_end.tokens.index(eos) + 1 if eos in open_end.tokens else 60
+        assert completion.tokens == open_end.tokens[:until] and completion.finished == (
+            until < 60 or eos == open_end.tokens[-1]
+        )
+        assert len(completion.logprobs) == len(completion.tokens)
+
+
+def test_a_full_context_ends_a_row_and_not_its_neighbours():
+    model = random_model(max_seq_len=32)
+    long, short = generate(model, [[1] * 29, [1, 2]], 40, temperature=0)
+    assert len(long.tokens) == 3 and len(short.tokens) == 30
+    assert short.tokens == by_hand(model, [1, 2], 30)
+
+
+def test_stream_gives_the_same_tokens():
+    model = random_model()
+    whole = generate(model, [PROMPTS[1]], 40, 0.9, 0.95, seed=2, eos_id=17)[0]
+    assert list(stream(model, PROMPTS[1], 40, 0.9, 0.95, seed=2, eos_id=17)) == whole.tokens
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.tensor([0.5, 0.2, 0.0, 0.3]).log().expand(10_000, 4)
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    assert torch.bincount(sample(logits, uniform)[0], minlength=4).tolist() == [5000, 2000, 0, 3000]
+    squared = torch.tensor([0.25, 0.04, 0, 0.09]) / 0.38  # temperature 1/2 squares them
+    counts = torch.bincount(sample(logits, uniform, temperature=0.5)[0], minlength=4) / 10_000
+    assert torch.allclose(counts, squared, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(1e-9, {0}), (0.5, {0}), (0.51, {0, 3}), (0.81, {0, 1, 3}), (1.0, {0, 1, 3})]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
+    logits = torch.tensor([0.5, 0.2, 0.0, 0.3], dtype=torch.float64).log().expand(1000, 4)
+    tokens, logprobs = sample(logits, (torch.arange(1000) + 0.5) / 1000, top_p=top_p)
+    assert set(tokens.tolist()) == kept
+    assert torch.allclose(logprobs.exp(), logits.exp().gather(-1, tokens[:, None])[:, 0])  # before top-p
+
+
+def test_extreme_uniform_numbers_never_pick_an_impossible_token():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).repeat(2, 1)
+    tokens, _ = sample(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        ([[1], []], ValueError, r"prompts\[1\] is empty"),
+        ([[1, 97]], ValueError, r"prompts\[0\]\[1\] is 97: the vocabulary has ids 0 to 96"),
+        ([[1], [-1]], ValueError, r"prompts\[1\]\[0\] is -1"),
+        ([[1] * 128], ValueError, r"prompts\[0\] has 128 tokens: the context of 128"),
+        ([1, 2, 3], TypeError, r"prompts\[0\] is 1: expected a list of token ids"),
+    ],
+)
+def test_bad_prompts_are_refused_with_their_place(prompts, error, message):
+    with pytest.raises(error, match=message):
+        generate(random_model(), prompts, 4)
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=-1), dict(top_p=0), dict(top_p=1.5), dict(seed=[1, 2])])
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="expected"):
+        generate(random_model(), [[1]], 4, **settings)
+
+
+def test_no_prompts_and_no_tokens_give_nothing():
+    model = random_model()
+    assert generate(model, [], 4) == []
+    assert generate(model, [[1]], 0) == [Completion([], [], False)]
+
+
+def test_logits_that_are_not_finite_stop_the_run():
+    model = random_model()
+    torch.nn.init.constant_(model.output.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match="row 0, token 0"):
+        generate(model, [[1]], 4)
+
+
+def test_it_runs_in_bfloat16():
+    completions = generate(random_model().bfloat16(), PROMPTS, 8, temperature=1.0)
+    assert all(len(c.tokens) == 8 for c in completions)
