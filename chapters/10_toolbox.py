@@ -944,8 +944,9 @@ assert PAPER["Figure 1"]["34B vs Vicuna-33B"]["win"] == 37.2
 # %% [markdown]
 # ## The ledger
 #
-# One row per claim: what the paper says, what we measured, by which criterion, and where the evidence lies. The verdict
-# is computed from the rest, so that it cannot be typed in. The criterion is written before the run, in a small language:
+# One row per claim: what the paper says, what we measured, by which criterion, and where the evidence lies. The
+# verdict is computed from the rest, so that it cannot be typed in. The criterion is written before the run, in a
+# small language:
 #
 # | criterion | needs | verdict |
 # |---|---|---|
@@ -963,7 +964,6 @@ assert PAPER["Figure 1"]["34B vs Vicuna-33B"]["win"] == 37.2
 import hashlib
 import json
 import math
-import numbers
 import re
 from collections import Counter
 from datetime import UTC, datetime
@@ -984,8 +984,8 @@ Row = dict[str, Any]
 # %% [markdown]
 # ### From a measurement to a verdict
 #
-# A bound is met when the whole interval lies beyond it and so does every one of at least three seeds; it is missed when the
-# whole interval lies on the other side. Anything else stays open.
+# A bound is met when the whole interval lies beyond it and so does every one of at least three seeds; it is missed
+# when the whole interval lies on the other side. Anything else stays open.
 
 # %%
 #| export ledger
@@ -1008,7 +1008,8 @@ assert compare_to_bound(">", 0.4, [0.05, 0.35], three) == "fails"
 assert compare_to_bound("<", 0.4, [0.05, 0.35], {"0": 0.2}) == "unclear"
 
 # %% [markdown]
-# Recomputed values may be numbers, words, or lists and dictionaries of them; a tolerance applies to every number inside.
+# Recomputed values may be numbers, words, or lists and dictionaries of them; a tolerance applies to every number
+# inside.
 
 # %%
 #| export ledger
@@ -1029,7 +1030,7 @@ assert agree(True, True, 0) and not agree(True, 1, 0)
 
 # %%
 #| export ledger
-NUMBER = r"(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)"
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
 GRAMMAR = (
     "= paper", "= paper ± 0.01", "preset", "> 0", "< 0.05", "runs at scale", "illustrated", "not reproducible: why",
 )
@@ -1044,10 +1045,10 @@ def status_of(row: Row) -> str:
             raise ValueError(f"{row['item']}, {row['claim']!r}: the criterion {criterion!r} needs {what}")
 
     need(evidence is not None or criterion.startswith("not reproducible"), "evidence: 'path' or 'path::name'")
-    if match := re.fullmatch(rf"= paper(?: ± {NUMBER})?", criterion):
+    if match := re.fullmatch(rf"= paper(?: ± ({NUMBER}))?", criterion):
         need(paper is not None and ours is not None, "paper and ours")
         return "exact" if agree(paper, ours, float(match[1] or 0)) else "slip"
-    if match := re.fullmatch(rf"([<>]) {NUMBER}", criterion):
+    if match := re.fullmatch(rf"([<>]) (-?{NUMBER})", criterion):
         need(type(ours) in (int, float), f"ours to be one number, not {ours!r}")
         need(row["interval"] is not None and row["seeds"] is not None, "an interval, and seeds as {seed: its effect}")
         low, high = row["interval"]
@@ -1094,22 +1095,20 @@ def missing_evidence(row: Row) -> str | None:
 # %% [markdown]
 # ### Recording
 #
-# Chapters and long runs call `record`. It checks everything, computes the verdict and puts the row, one file each, into the
-# cache; only `make ledger` carries rows from there into the repository. At the smoke scale nothing is stored.
+# Chapters and long runs call `record`. It checks everything, computes the verdict and puts the row, one file each,
+# into the cache; only `make ledger` carries rows from there into the repository. At the smoke scale nothing is
+# stored.
 
 # %%
 #| export ledger
 def plain(value: Any, what: str) -> Any:
-    "`value` as JSON has it (numpy numbers and tuples are welcome); ValueError for other types, NaN and infinity."
-    if value is None or isinstance(value, bool | str):
+    "`value` as JSON has it (0-d arrays and tensors, and tuples, are welcome); ValueError for other types, NaN and infinity."
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if value is None or isinstance(value, bool | str | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
     if isinstance(value, list | tuple):
         return [plain(part, what) for part in value]
-    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+    if isinstance(value, dict) and all(hasattr(key, "__index__") or isinstance(key, str) for key in value):
         return {str(key): plain(part, what) for key, part in value.items()}
     raise ValueError(f"{what}: expected finite numbers, text, or lists and dictionaries of them, found {value!r}")
 
@@ -1219,8 +1218,8 @@ def load() -> list[Row]:
     return sorted(read_rows(path).values(), key=in_order) if path.exists() else []
 
 # %% [markdown]
-# A newer row replaces the older one of the same claim. One that only repeats the old result keeps the old date, so that a
-# second run of a chapter changes nothing. A row whose evidence is gone drops out, with a message.
+# A newer row replaces the older one of the same claim. One that only repeats the old result keeps the old date, so
+# that a second run of a chapter changes nothing. A row whose evidence is gone drops out, with a message.
 
 # %%
 #| export ledger
@@ -1322,7 +1321,7 @@ def gallery(rows: list[Row]) -> str:
         item = f"{match[1].title()} {match[2]}" if match else None
         return [row for row in rows if row["item"] == item or row["evidence"] == f"figures/{name}"]
 
-    text = "# Figures and verdicts\n\nWritten by `make ledger`; the criterion comes before the run, the verdict from both.\n"
+    text = "# Figures and verdicts\n\nWritten by `make ledger`. Criteria precede the runs; verdicts are computed.\n"
     names = [path.name for path in (ROOT / "figures").glob("*") if path.suffix in (".png", ".svg")]
     for name in sorted(names):
         text += f"\n## {Path(name).stem.replace('_', ' ')}\n\n![{Path(name).stem}]({name})\n\n"
@@ -1338,3 +1337,60 @@ def gallery(rows: list[Row]) -> str:
 
 # %%
 print(ledger.summary([row]))
+
+# %% [markdown]
+# ## One style for figures
+#
+# Our runs are solid, the paper's values hollow `RINGS`, so that nobody takes one for the other. A model size keeps its
+# colour through the book, and a figure saved twice is the same file, byte for byte: it carries no date and no version.
+
+# %%
+#| export plots
+import io
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from llama2lib import recipes
+
+STYLE = {
+    "figure.figsize": (5.6, 3.4), "figure.dpi": 110, "figure.constrained_layout.use": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.titlesize": "medium", "axes.titlelocation": "left", "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "llama2",
+}
+COLORS = {"7B": "#e69f00", "13B": "#009e73", "34B": "#56b4e9", "70B": "#0072b2", "ours": "#d55e00"}
+RINGS = {"linestyle": "none", "marker": "o", "markersize": 7, "markerfacecolor": "none", "color": "0.35"}
+
+# %%
+#| export plots
+def save(figure: Figure, name: str) -> None:
+    "Write figures/`name`, a plain name ending in .png or .svg (else ValueError); at the smoke scale write nothing."
+    if "/" in name or not name.endswith((".png", ".svg")):
+        raise ValueError(f"expected a plain name like 'figure_07.png' or 'table_02.svg', found {name!r}")
+    anonymous = {"Software": None} if name.endswith(".png") else {"Creator": None, "Date": None}
+    buffer = io.BytesIO()
+    with plt.rc_context({key: value for key, value in STYLE.items() if key.startswith("svg.")}):
+        figure.savefig(buffer, format=name[-3:], metadata=anonymous)
+    if recipes.scale() != "smoke":
+        recipes.write_atomic(recipes.ROOT / "figures" / name, buffer.getvalue())
+
+# %% [markdown]
+# An example with the paper's numbers alone: the GPU hours of Table 2 per parameter (chapter 01 counts the parameters).
+
+# %%
+params = {"7B": 6.738, "13B": 13.016, "34B": 33.744, "70B": 68.977}
+hours = {size: PAPER["Table 2"][size]["gpu_hours"] / params[size] / 1000 for size in SIZES}
+with plt.rc_context(STYLE):
+    figure, ax = plt.subplots()
+    for size in SIZES:
+        ax.plot(params[size], hours[size], **RINGS | {"color": COLORS[size]})
+        ax.annotate(size, (params[size], hours[size]), (9, -4), textcoords="offset points", color=COLORS[size])
+    ax.set(xscale="log", xticks=list(params.values()), xticklabels=[f"{n:.0f}" for n in params.values()], ylim=(0, 35),
+           xlim=(5, 100), xlabel="parameters, billions", ylabel="A100 hours per million parameters",
+           title="34B cost the most GPU time per parameter, 70B the least")
+    ax.minorticks_off()
+{size: round(rate, 1) for size, rate in hours.items()}
+
+# %%
+assert max(hours, key=hours.get) == "34B" and min(hours, key=hours.get) == "70B"

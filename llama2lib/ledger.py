@@ -33,7 +33,6 @@ __all__ = [
 import hashlib
 import json
 import math
-import numbers
 import re
 from collections import Counter
 from datetime import UTC, datetime
@@ -75,7 +74,7 @@ def agree(paper: Any, ours: Any, tolerance: float) -> bool:
         return abs(paper - ours) <= tolerance + 1e-12 * max(abs(paper), abs(ours))
     return type(paper) is type(ours) and paper == ours
 
-NUMBER = r"(-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?)"
+NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
 GRAMMAR = (
     "= paper", "= paper ± 0.01", "preset", "> 0", "< 0.05", "runs at scale", "illustrated", "not reproducible: why",
 )
@@ -90,10 +89,10 @@ def status_of(row: Row) -> str:
             raise ValueError(f"{row['item']}, {row['claim']!r}: the criterion {criterion!r} needs {what}")
 
     need(evidence is not None or criterion.startswith("not reproducible"), "evidence: 'path' or 'path::name'")
-    if match := re.fullmatch(rf"= paper(?: ± {NUMBER})?", criterion):
+    if match := re.fullmatch(rf"= paper(?: ± ({NUMBER}))?", criterion):
         need(paper is not None and ours is not None, "paper and ours")
         return "exact" if agree(paper, ours, float(match[1] or 0)) else "slip"
-    if match := re.fullmatch(rf"([<>]) {NUMBER}", criterion):
+    if match := re.fullmatch(rf"([<>]) (-?{NUMBER})", criterion):
         need(type(ours) in (int, float), f"ours to be one number, not {ours!r}")
         need(row["interval"] is not None and row["seeds"] is not None, "an interval, and seeds as {seed: its effect}")
         low, high = row["interval"]
@@ -137,16 +136,13 @@ def missing_evidence(row: Row) -> str | None:
 # ---------- chapters/10_toolbox.py · Recording
 
 def plain(value: Any, what: str) -> Any:
-    "`value` as JSON has it (numpy numbers and tuples are welcome); ValueError for other types, NaN and infinity."
-    if value is None or isinstance(value, bool | str):
+    "`value` as JSON has it (0-d arrays and tensors, and tuples, are welcome); ValueError for other types, NaN and infinity."
+    value = value.item() if getattr(value, "ndim", None) == 0 else value
+    if value is None or isinstance(value, bool | str | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real) and math.isfinite(value):
-        return float(value)
     if isinstance(value, list | tuple):
         return [plain(part, what) for part in value]
-    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+    if isinstance(value, dict) and all(hasattr(key, "__index__") or isinstance(key, str) for key in value):
         return {str(key): plain(part, what) for key, part in value.items()}
     raise ValueError(f"{what}: expected finite numbers, text, or lists and dictionaries of them, found {value!r}")
 
@@ -325,7 +321,7 @@ def gallery(rows: list[Row]) -> str:
         item = f"{match[1].title()} {match[2]}" if match else None
         return [row for row in rows if row["item"] == item or row["evidence"] == f"figures/{name}"]
 
-    text = "# Figures and verdicts\n\nWritten by `make ledger`; the criterion comes before the run, the verdict from both.\n"
+    text = "# Figures and verdicts\n\nWritten by `make ledger`. Criteria precede the runs; verdicts are computed.\n"
     names = [path.name for path in (ROOT / "figures").glob("*") if path.suffix in (".png", ".svg")]
     for name in sorted(names):
         text += f"\n## {Path(name).stem.replace('_', ' ')}\n\n![{Path(name).stem}]({name})\n\n"
