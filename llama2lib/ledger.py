@@ -136,7 +136,7 @@ def missing_evidence(row: Row) -> str | None:
 # ---------- chapters/10_toolbox.py · Recording
 
 def plain(value: Any, what: str) -> Any:
-    "`value` as JSON has it (0-d arrays and tensors, and tuples, are welcome); ValueError for other types, NaN and infinity."
+    "`value` as JSON has it; 0-d arrays, tensors and tuples are welcome, other types, NaN and infinity a ValueError."
     value = value.item() if getattr(value, "ndim", None) == 0 else value
     if value is None or isinstance(value, bool | str | int) or (isinstance(value, float) and math.isfinite(value)):
         return value

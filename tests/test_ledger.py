@@ -250,7 +250,8 @@ def test_compare_reports_flips_and_writes_nothing(repo, monkeypatch, capsys):
 def test_command_line(repo):
     "`--compare` reaches merge; an unknown option stops."
     def run(*options):
-        return subprocess.run([sys.executable, "-m", "llama2lib.ledger", *options], capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "llama2lib.ledger", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert run("--compare").stdout.endswith("nothing written\n")
     assert run("--compere").returncode == 2
@@ -296,18 +297,19 @@ def test_without_markers_nothing_is_written(repo, readme):
 
 def test_a_process_killed_while_writing_leaves_the_old_rows(repo):
     "The process dies at the moment of renaming: the row and the ledger from before are intact, and merging goes on."
-    note(), ledger.merge()
-    (cached,) = recipes.cache_folder().rglob("*.json")
-    before = cached.read_bytes(), (repo / "figures" / "ledger.json").read_bytes()
+    def now():
+        return {name: content for name, content in stored(repo).items() if name.endswith((".json", ".md"))}
+
     script = f"""
         import os, pathlib
         from llama2lib import ledger
         ledger.ROOT = pathlib.Path({str(repo)!r})
         os.replace = os.rename = lambda *a, **k: os._exit(9)
-        ledger.ACTION
     """
-    for action in ('record("Table 6", "counts add up", "= paper", 1, 2, evidence="tests/test_x.py")', "merge()"):
-        killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script).replace("ACTION", action)], check=False)
-        assert killed.returncode == 9
-        assert (cached.read_bytes(), (repo / "figures" / "ledger.json").read_bytes()) == before
-        assert len(ledger.merge()) == 1
+    again = 'ledger.record("Table 6", "counts add up", "= paper", 1, 3, evidence="tests/test_x.py")'
+    note(), ledger.merge(), note(ours=2)                # the ledger holds one result, the cache a newer one
+    before = now()
+    for action in (again, "ledger.merge()"):
+        killed = subprocess.run([sys.executable, "-c", f"{textwrap.dedent(script)}\n{action}"], check=False)
+        assert killed.returncode == 9 and now() == before
+    assert [row["ours"] for row in ledger.merge()] == [2]

@@ -91,19 +91,64 @@ def test_the_best_of_more_samples_is_no_worse(key):
         assert values == sorted(values), row
 
 
-def test_toxigen_groups_average_to_table_11_and_14():
-    "The overall ToxiGen score lies between the lowest and the highest group of Table 45."
-    for key in ("Table 11", "Table 14"):
-        for model, cells in PAPER[key].items():
-            groups = PAPER["Table 45"][model].values()
-            assert min(groups) <= cells["ToxiGen"] <= max(groups), model
-            assert cells["TruthfulQA"] == PAPER["Table 44"][model]["both"]
+def test_toxigen_is_the_mean_of_its_groups():
+    "All 19 x 13 cells of Table 45 against the totals of Tables 11 and 14; their TruthfulQA is Table 44's."
+    for model, cells in (PAPER["Table 11"] | PAPER["Table 14"]).items():
+        assert sum(PAPER["Table 45"][model].values()) / 13 == pytest.approx(cells["ToxiGen"], abs=0.0051), model
+        assert cells["TruthfulQA"] == PAPER["Table 44"][model]["both"]
+
+
+def test_truthfulqa_counts_questions():
+    "Every cell of Table 44 is a whole number of 817 questions, and 'both' lies between its bounds."
+    for model, cells in PAPER["Table 44"].items():
+        true, informative, both = (round(cells[name] * 8.17) for name in ("true", "informative", "both"))
+        assert all(score * 8.17 == pytest.approx(round(score * 8.17), abs=0.06) for score in cells.values()), model
+        assert true + informative - 817 <= both <= min(true, informative), model
+
+
+@pytest.mark.parametrize(("half", "other"), [("clean", "not clean"), ("not dirty", "dirty")])
+def test_contamination_subsets_pool_to_the_whole(half, other):
+    "Table 51: n adds up to the benchmark, the scores pool to its mean, each z follows from score, mean and n."
+    sizes = {"HellaSwag": 10_042, "MMLU-Humanities": 4705, "MMLU-Overall": 14_042}
+    for dataset in {name.rsplit(", ", 1)[0] for name in PAPER["Table 51"]}:
+        parts = [PAPER["Table 51"][f"{dataset}, {subset}"] for subset in (half, other)]
+        n = sum(part["n"] for part in parts)
+        assert n == sizes[dataset.split(",")[0]]
+        assert sum(part["n"] * part["score"] for part in parts) / n == pytest.approx(parts[0]["mu"], abs=0.06)
+        for part in parts:
+            error = 100 * (part["mu"] / 100 * (1 - part["mu"] / 100) / part["n"]) ** 0.5
+            assert (part["score"] - part["mu"]) / error == pytest.approx(part["z"], abs=0.15)
+
+
+def test_table_3_averages_the_appendix():
+    "Every group of Table 3 is the mean of its benchmarks, except two Math cells that are GSM8K alone."
+    def mean(model, *parts):
+        return sum(PAPER[f"Table {n}"][model][name] for n, name in parts) / len(parts)
+
+    commonsense = [(20, name) for name in PAPER["Table 20"]["MPT 7B"] if name not in ("BoolQ", "MMLU")]
+    for model, cells in PAPER["Table 3"].items():
+        ours = {
+            "Code": mean(model, (21, "HumanEval@1"), (21, "MBPP@1")), "Commonsense": mean(model, *commonsense),
+            "World": mean(model, (22, "NQ-5"), (22, "TQA-5")), "MMLU": mean(model, (19, "Avg")),
+            "Reading": mean(model, (23, "SQuAD-0"), (23, "QuAC-0"), (20, "BoolQ")), "AGI": mean(model, (24, "Avg")),
+            "Math": mean(model, (25, "GSM8K"), (25, "MATH")),
+        }
+        if model in ("Llama 2 7B", "Llama 2 13B"):
+            assert cells["Math"] == PAPER["Table 25"][model]["GSM8K"] != ours.pop("Math")
+        assert {group: cells[group] for group in ours} == pytest.approx(ours, abs=0.0501), model
+
+
+def test_single_turn_examples_are_prompt_and_response():
+    for row in PAPER["Table 6"].values():
+        if row["turns"] == 1:
+            assert row["tokens_prompt"] + row["tokens_response"] == pytest.approx(row["tokens_example"], abs=0.11)
 
 
 @pytest.mark.parametrize(("text", "message"), [
     ("Table 1 | a b\nx | 1", "as many cells"),
     ("Table 1 | a b\nx | 1 2 3", "as many cells"),
     ("Table 1, Table 2 | a | b\nx | 1", "as many cells"),
+    ("Table 1, Table 2 | a\nx | 1", "as many cells"),
     ("Table 1 | a\nx | 1\nx | 2", "comes twice"),
     ("x | 1", "as many cells"),
     ("Table 1 | a\nx | O.5", "could not convert"),
