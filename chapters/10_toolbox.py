@@ -919,9 +919,9 @@ for cells in PAPER["Table 51"].values():
     assert abs(z - cells["z"]) < 0.15
 
 # %% [markdown]
-# Three large tables check themselves. TruthfulQA has 817 questions, so every cell of Table 44 is a multiple of 1/817. The
-# overall ToxiGen score of Tables 11 and 14 is the plain mean of the 13 groups of Table 45. Two complementary subsets of
-# Table 51 pool to the mean of the whole.
+# Three large tables check themselves. TruthfulQA has 817 questions, so every cell of Table 44 is a multiple of
+# 1/817. The overall ToxiGen score of Tables 11 and 14 is the plain mean of the 13 groups of Table 45. Two
+# complementary subsets of Table 51 pool to the mean of the whole.
 
 # %%
 for cells in PAPER["Table 44"].values():
