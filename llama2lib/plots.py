@@ -1,0 +1,38 @@
+"""Generated from chapters/10_toolbox.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "STYLE",
+    "COLORS",
+    "RINGS",
+    "save",
+]
+
+
+# ---------- chapters/10_toolbox.py · One style for figures
+
+import io
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from llama2lib import recipes
+
+STYLE = {
+    "figure.figsize": (5.6, 3.4), "figure.dpi": 110, "figure.constrained_layout.use": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.titlesize": "medium", "axes.titlelocation": "left", "legend.frameon": False,
+    "svg.fonttype": "none", "svg.hashsalt": "llama2",
+}
+COLORS = {"7B": "#e69f00", "13B": "#009e73", "34B": "#56b4e9", "70B": "#0072b2", "ours": "#d55e00"}
+RINGS = {"linestyle": "none", "marker": "o", "markersize": 7, "markerfacecolor": "none", "color": "0.35"}
+
+def save(figure: Figure, name: str) -> None:
+    "Write figures/`name`, a plain name ending in .png or .svg (else ValueError); at the smoke scale write nothing."
+    if "/" in name or not name.endswith((".png", ".svg")):
+        raise ValueError(f"expected a plain name like 'figure_07.png' or 'table_02.svg', found {name!r}")
+    anonymous = {"Software": None} if name.endswith(".png") else {"Creator": None, "Date": None}
+    buffer = io.BytesIO()
+    with plt.rc_context({key: value for key, value in STYLE.items() if key.startswith("svg.")}):
+        figure.savefig(buffer, format=name[-3:], metadata=anonymous)
+    if recipes.scale() != "smoke":
+        recipes.write_atomic(recipes.ROOT / "figures" / name, buffer.getvalue())
