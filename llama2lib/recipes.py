@@ -14,7 +14,7 @@ __all__ = [
 import os
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from secrets import token_hex
 
 import llama2lib
 
@@ -39,13 +39,13 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
     "Write a file (text as UTF-8) whole or not at all: a kill leaves the old content. Makes the folder if needed."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp", delete=False)  # noqa: SIM115
+    temporary = path.with_name(f".{path.name}-{token_hex(8)}.tmp")
     try:
-        with temporary as file:
+        with temporary.open("xb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary.name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(temporary.name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
