@@ -262,8 +262,8 @@ def _origin(module: str) -> str:
     if root == "llama2lib":
         return "book"
     try:
-        spec = importlib.util.find_spec(root)
-    except ValueError:  # __main__ of a notebook or script
+        spec = None if root == "__main__" else importlib.util.find_spec(root)
+    except ValueError:  # a module made by hand
         spec = None
     if spec is None or spec.origin in ("built-in", "frozen"):
         return "own" if spec is None else "library"
