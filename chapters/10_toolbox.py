@@ -481,3 +481,341 @@ try:
     cached("example", {"n": 4}, lambda: {"noise": torch.randn(4, generator=generator)})
 except ValueError as error:
     print(error)
+
+# %% [markdown]
+# ## Stats: intervals and agreement
+#
+# The ledger judges a claim by an interval, not by a number. Every function here returns the estimate with its interval.
+#
+# ### How often does one model win?
+#
+# The paper's Figures 2 and 11 show win / (win + loss), so ties are left out by default. Figures 1 and 12 show ties too:
+# counted, a tie is half a win for each side. The interval is Wilson's, which stays within 0 and 1 and is sound for
+# small counts. Ties vary less than wins do, so with ties it is a little too wide.
+
+# %%
+#| export stats
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    "An estimate and the ends of its confidence interval, in the estimate's unit."
+
+    value: float
+    low: float
+    high: float
+
+
+def win_rate_interval(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) -> Interval:
+    """Win rate (wins + ties / 2) / (wins + losses + ties) with Wilson's score interval; all in 0..1.
+
+    Leave `ties` out for the paper's win / (win + loss), Figures 2 and 11. ValueError: a negative count, or all are 0.
+    """
+    n = wins + losses + ties
+    if min(wins, losses, ties) < 0 or n == 0:
+        raise ValueError(f"win rate of {wins} wins, {losses} losses, {ties} ties: counts must be >= 0 and not all 0")
+    rate, z = (wins + ties / 2) / n, stats.norm.ppf((1 + confidence) / 2)
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    return Interval(rate, float(max(centre - half, 0)), float(min(centre + half, 1)))
+
+
+# %%
+for wins, losses in [(0, 5), (7, 3), (1500, 1100), (40, 0)]:  # SciPy has the formula for whole counts, without ties
+    expected = stats.binomtest(wins, wins + losses).proportion_ci(method="wilson")
+    assert np.allclose(win_rate_interval(wins, losses)[1:], expected)
+win_rate_interval(60, 40), win_rate_interval(60, 40, ties=100)
+
+# %% [markdown]
+# ### Is a better than b?
+#
+# Scores of two models on the same prompts, for several training seeds, form two tables with a row per seed and a column
+# per prompt. Their difference varies for two reasons: another seed would have trained other models, and other prompts
+# could have been asked. The bootstrap draws seeds with replacement, then prompts with replacement. All seeds answered
+# the same prompts, so a draw of prompts is used for all seeds: an odd prompt is odd for every seed, and drawing prompts
+# anew for each seed would average that away.
+
+# %%
+#| export stats
+def paired_interval(a, b, confidence: float = 0.95, n_resamples: int = 4000, seed: int = 0) -> Interval:
+    """Mean of a - b with its interval, by a crossed bootstrap: seeds, then prompts shared by the seeds.
+
+    a, b: scores [seeds, prompts] of the same prompts, or [prompts] for one seed (the interval then says nothing about
+    seeds). Percentile interval; deterministic given `seed`. ValueError: unequal shapes, no scores, one not finite.
+    """
+    a, b = (np.atleast_2d(np.asarray(x, dtype=np.float64)) for x in (a, b))
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"paired scores are [seeds, prompts] and of one shape, not {a.shape} and {b.shape}")
+    if a.size == 0 or not np.isfinite(a - b).all():
+        raise ValueError("paired scores must be finite and at least one; drop a prompt from both tables, on purpose")
+    difference, generator = a - b, np.random.default_rng(seed)
+    (n_seeds, n_prompts), means = difference.shape, []
+    for block in np.array_split(np.arange(n_resamples), -(-n_resamples * n_prompts // 1_000_000)):
+        seeds = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, len(block))  # how often each one is drawn
+        prompts = generator.multinomial(n_prompts, [1 / n_prompts] * n_prompts, len(block))
+        means.append(np.einsum("rs,sp,rp->r", seeds, difference, prompts, optimize=True) / difference.size)
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+# %%
+random = np.random.default_rng(0)
+scores = random.normal(size=(3, 200))
+better = paired_interval(scores + 0.1 + random.normal(0, 0.3, (3, 200)), scores)
+assert better.low < better.value < better.high
+assert paired_interval(scores, scores + 0.25)[1:] == (-0.25, -0.25)  # no spread in the difference: no spread in the result
+better
+
+# %% [markdown]
+# Does a 95 % interval hold the truth 95 times in 100? We draw experiments whose true difference is 0, with more and
+# more variation between seeds, and count. Three seeds are few: the bootstrap sees two thirds of the variance between
+# them, and the interval comes out too narrow when seeds differ much. That is why the ledger wants every seed to have
+# the sign besides: the last column is how often its rule (interval above 0, every seed above 0) would hold where
+# nothing is true, which should be at most 2.5 %.
+
+# %%
+from llama2lib.recipes import by_scale
+
+
+def coverage(n_seeds: int, seed_sd: float, n_prompts: int = 100) -> tuple[float, float]:
+    "Shares of experiments without an effect whose interval holds 0, and in which the ledger's rule is met."
+    random, covered, held = np.random.default_rng(0), [], []
+    for _ in range(by_scale(smoke=20, laptop=400, a100=2000)):
+        seeds, prompts = random.normal(0, seed_sd, (n_seeds, 1)), random.normal(0, 0.5, n_prompts)
+        difference = seeds + prompts + random.normal(0, 0.7, (n_seeds, n_prompts))
+        interval = paired_interval(difference, np.zeros_like(difference), n_resamples=400)
+        covered.append(interval.low <= 0 <= interval.high)
+        held.append(interval.low > 0 and bool((difference.mean(1) > 0).all()))
+    return np.mean(covered), np.mean(held)
+
+
+print("seeds  sd between seeds  holds the truth  false 'holds'")
+for n_seeds in (3, 5):
+    for seed_sd in (0, 0.05, 0.2, 1):
+        covered, held = coverage(n_seeds, seed_sd)
+        print(f"{n_seeds:5d}  {seed_sd:16.2f}  {covered:15.1%}  {held:13.1%}")
+
+# %% [markdown]
+# For comparison, the standard error of a mean over 100 prompts is about 0.06 here. Seeds that differ less than that do
+# no harm, and the interval is even a little wide. Where they differ much more (last rows), three seeds give an interval
+# that misses the truth about one time in four, and five are better but not cured. A wide spread between the seeds'
+# means is a reason to add seeds, whatever the interval says.
+
+# %% [markdown]
+# ### Do the raters agree?
+#
+# Section A.3.7 of the paper reports Gwet's AC1 (categories) and AC2 (ordered ratings): agreement beyond chance, where
+# chance is measured in a way that stays sane when nearly all items fall in one category. The known Python package,
+# irrCAC, pins old versions of NumPy and SciPy, and `agreement` gives no interval; so this is Gwet's formula (2014,
+# chapters 4 and 5; the variance is that of 2008), and the tests compare it with irrCAC's output.
+
+# %%
+#| export stats
+WEIGHTS = {  # agreement of two ratings x, y on a scale of width w; for 'ordinal', x and y are ranks and w = Q - 1
+    "identity": lambda x, y, w: (x == y) * 1.0,
+    "linear": lambda x, y, w: 1 - abs(x - y) / w,
+    "quadratic": lambda x, y, w: 1 - ((x - y) / w) ** 2,
+    "ordinal": lambda x, y, w: 1 - abs(x - y) * (abs(x - y) + 1) / (w * (w + 1)),
+}
+
+
+def _rating_counts(ratings, categories) -> tuple[np.ndarray, list]:
+    "How many raters put each rated item in each category [items, categories], and the categories in order."
+    rows = [list(row) for row in ratings]
+    if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
+        raise ValueError("ratings are a table [items, raters] of two raters or more; None or NaN where one is missing")
+    rows = [[x for x in row if x is not None and x == x] for row in rows]
+    used = {x for row in rows for x in row}
+    categories = sorted(used) if categories is None else list(categories)
+    if not used <= set(categories):
+        raise ValueError(f"ratings {sorted(used - set(categories), key=repr)} are not in the categories {categories}")
+    counts = np.array([[row.count(category) for category in categories] for row in rows if row], dtype=float)
+    if (counts.sum(1) >= 2).sum() < 1 or len(counts) < 2:
+        raise ValueError("agreement needs two rated items or more, and an item that two raters rated")
+    return counts, categories
+
+
+def gwet_ac2(ratings, weights: str = "quadratic", categories=None, confidence: float = 0.95) -> Interval:
+    """Gwet's AC2 (2014), with the interval for these raters and other items; 1 is full agreement, 0 is chance.
+
+    ratings: table [items, raters]; None or NaN is missing. Items that one rater rated count towards chance only, items
+    without ratings not at all. `categories` lists the scale in order (default: the ratings that occur; pass the whole
+    scale if some do not, as AC depends on their number). Numbers are spaced as their values, other categories evenly.
+    `weights` is one of WEIGHTS. With one category there is no chance to correct for, and the result is (1, 1, 1).
+    ValueError: fewer than two raters or rated items, no item rated twice, or a rating outside the categories.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is not one of {', '.join(WEIGHTS)}")
+    counts, categories = _rating_counts(ratings, categories)
+    n, q = counts.shape
+    if q == 1:
+        return Interval(1.0, 1.0, 1.0)
+    numbers = weights != "ordinal" and all(isinstance(c, int | float | np.number) for c in categories)
+    x = np.array(categories if numbers else range(q), dtype=float)
+    agreement = WEIGHTS[weights](x[:, None], x[None, :], np.ptp(x))
+    raters, chance = counts.sum(1), agreement.sum() / (q * (q - 1))
+    twice = raters >= 2
+    observed_i = (counts * (counts @ agreement - 1)).sum(1) / np.where(twice, raters * (raters - 1), 1)
+    observed = observed_i[twice].mean()
+    share = (counts / raters[:, None]).mean(0)
+    expected = chance * (share * (1 - share)).sum()
+    value = (observed - expected) / (1 - expected)
+    expected_i = chance * (counts @ (1 - share)) / raters
+    value_i = n / twice.sum() * np.where(twice, observed_i - expected, 0) / (1 - expected)
+    value_i -= 2 * (1 - value) * (expected_i - expected) / (1 - expected)
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * np.sqrt(((value_i - value) ** 2).sum() / (n * (n - 1)))
+    return Interval(float(value), float(value - half), float(min(value + half, 1)))
+
+
+def gwet_ac1(ratings, categories=None, confidence: float = 0.95) -> Interval:
+    "Gwet's AC1 (2008): AC2 where two ratings agree only if they are equal; categories need no order."
+    return gwet_ac2(ratings, "identity", categories, confidence)
+
+
+# %% [markdown]
+# Gwet's own example (2014, page 55): four raters, twelve units, five categories, seven ratings missing; he finds
+# 0.7754.
+
+# %%
+_ = None
+UNITS = [
+    [1, 1, _, 1], [2, 2, 3, 2], [3, 3, 3, 3], [3, 3, 3, 3], [2, 2, 2, 2], [1, 2, 3, 4],
+    [4, 4, 4, 4], [1, 1, 2, 1], [2, 2, 2, 2], [_, 5, 5, 5], [_, _, 1, 1], [_, _, 3, _],
+]  # fmt: skip
+assert round(gwet_ac1(UNITS).value, 4) == 0.7754
+print("AC1", gwet_ac1(UNITS))
+print("AC2", gwet_ac2(UNITS))
+
+# %% [markdown]
+# ## Launch: several processes from a cell
+#
+# Training on several GPUs is started with PyTorch's `torchrun`. A launcher cell prints the command, to be copied into a
+# shell at the repository root, and runs it as well when it can: two processes on a CPU always, GPUs only if
+# `LLAMA2_LAUNCH=1` says that they are there. (`torchrun` is `python -m torch.distributed.run` of the same environment;
+# the cell runs the second spelling, and adds only flags for logs.)
+
+# %%
+#| export launch
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llama2lib.recipes import ROOT
+
+
+def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1) -> list[str]:
+    """Arguments of torchrun for a module (`llama2lib.sft`) or a script (a path ending in .py).
+
+    One node finds a free port by itself. With more, the same command is started on every node, and they meet at port
+    29500 of `$HEAD_NODE`, which the shell fills in.
+    """
+    meeting = ["--standalone"]
+    if nnodes > 1:
+        meeting = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", "--rdzv-id=llama2", "--rdzv-endpoint=$HEAD_NODE:29500"]
+    program = [module] if module.endswith(".py") else ["-m", module]
+    return [*meeting, f"--nproc-per-node={nproc}", *program, *map(str, args)]
+
+
+# %%
+print("torchrun", shlex.join(torchrun_arguments("llama2lib.sft", "--steps", 3)))
+
+# %% [markdown]
+# When one rank fails, the others are stopped, and what torchrun prints last is a summary without the reason. The reason
+# is in the log of the rank that failed first. A program whose main function is decorated with PyTorch's `@record` also
+# leaves it in an error file, written before its peers can notice; without one, we take the first log that ends with a
+# traceback.
+
+# %%
+#| export launch
+import json
+
+
+def first_failure(logs: Path) -> str:
+    "The traceback of the rank that failed first, from a `--log-dir` of torchrun; '' if no rank left one."
+    errors = sorted(logs.glob("**/error.json"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        message = json.loads(errors[0].read_text("utf-8"))["message"]
+        text = message if isinstance(message, str) else message["extraInfo"]["py_callstack"]
+        return f"rank {errors[0].parent.name} failed:\n{text.strip()}"
+    for path in sorted(logs.glob("**/stderr.log"), key=lambda path: path.stat().st_mtime_ns):
+        before, start, traceback = path.read_text("utf-8", "replace").partition("Traceback (most recent call last)")
+        if start:
+            return f"rank {path.parent.name} failed:\n{start}{traceback.strip()}"
+    return ""
+
+
+def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = False, env: dict | None = None) -> bool:
+    """Print the torchrun command for a module or script and run it here if this machine can; True if it ran.
+
+    CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; with several nodes, never (a cell is one node).
+    `env` is added to the environment. Output appears as it is written, each line with its rank; the working folder is
+    the repository root. RuntimeError, with the traceback of the first rank that failed, if the command fails; an
+    interrupt stops the processes.
+    """
+    added = {key: str(value) for key, value in (env or {}).items()}
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:  # the processes share the cores
+        added.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // nproc)))
+    arguments = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes)
+    words = [f"{key}={shlex.quote(value)}" for key, value in added.items()]
+    words += ["torchrun", *(f'"{word}"' if "$HEAD_NODE" in word else shlex.quote(word) for word in arguments)]
+    print("$", " ".join(words))
+    if nnodes > 1:
+        print(f"Not run here: start it on each of the {nnodes} nodes.")
+        return False
+    if gpus and os.environ.get("LLAMA2_LAUNCH") != "1":
+        print(f"Not run here: it needs {nproc} GPU{'s' * (nproc > 1)}. Where they are, set LLAMA2_LAUNCH=1.")
+        return False
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with TemporaryDirectory(prefix="torchrun-") as logs:
+        flags = ["--log-dir", logs, "--tee=3", "--role=rank"]  # files for us, a copy for the cell, lines as "[rank0]:"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *flags, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path} | added,
+            start_new_session=True,  # an interrupt reaches this process, which then stops the others in order
+        )  # fmt: skip
+        try:
+            tail = []
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                tail = [*tail[-40:], line]
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # torchrun stops its workers, by force after 30 s
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+        if code:
+            raise RuntimeError(f"{module}: {first_failure(Path(logs)) or 'torchrun failed:' + chr(10) + ''.join(tail)}")
+    return True
+
+
+# %% [markdown]
+# X second
+# command would use the whole of an A100 node; the third, a quarter of the paper's cluster for the 70B model.
+
+# %%
+launch("llama2lib.sft", "--model", "7B", nproc=8, gpus=True)
+launch("llama2lib.pretrain", "--model", "70B", nproc=8, nnodes=64, gpus=True)
+
+# %%
+from llama2lib.recipes import cache_folder, write_atomic
+
+script = cache_folder() / "hello.py"
+write_atomic(script, "import os\nprint('hello from', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n")
+assert launch(os.path.relpath(script, ROOT))
+
+# %%
+write_atomic(script, "import os\nassert os.environ['RANK'] == '0', 'this rank has a bug'\n")
+try:
+    launch(os.path.relpath(script, ROOT))
+except RuntimeError as error:
+    assert "rank 1 failed" in str(error) and "this rank has a bug" in str(error)

@@ -122,10 +122,13 @@ def test_digest_follows_imports(package, source):
 
 def test_round_trip_is_exact_and_the_first_call_equals_the_next():
     value = {
-        "int": 2**70, "float": 0.1, "negative zero": -0.0, "inf": math.inf, "text": "é\n\ud800", "flag": True, "none": None,
+        "int": 2**70, "float": 0.1, "negative zero": -0.0, "inf": math.inf, "text": "é\n\ud800",
+        "flag": True, "none": None,
         "nested": {"list": [1, (2.5, "x"), {}], "empty": []},
-        "bf16": torch.randn(2, 3).bfloat16(), "scalar": torch.tensor(3), "no rows": torch.zeros(0, 4, dtype=torch.int16),
-        "bool": torch.tensor([True, False]), "transposed": torch.arange(6).reshape(2, 3).T, "grad": torch.ones(2, requires_grad=True),
+        "bf16": torch.randn(2, 3).bfloat16(), "scalar": torch.tensor(3),
+        "no rows": torch.zeros(0, 4, dtype=torch.int16),
+        "bool": torch.tensor([True, False]), "transposed": torch.arange(6).reshape(2, 3).T,
+        "grad": torch.ones(2, requires_grad=True),
         "array": np.arange(6, dtype=np.uint16).reshape(2, 3)[:, ::2], "0-d": np.array(2.0, dtype=np.float32),
     }  # fmt: skip
     first, again = (cached("values", {}, ValueOf(value)) for _ in range(2))
@@ -282,9 +285,11 @@ def test_closed_over_values_and_lambdas_count():
 
 @pytest.mark.parametrize(
     "source",
-    ["g = torch.Generator()\nfn = lambda: {'x': torch.randn(1, generator=g)}", "m = torch.nn.Linear(1, 1)\nfn = lambda: m(1)",
+    ["g = torch.Generator()\nfn = lambda: {'x': torch.randn(1, generator=g)}",
+     "m = torch.nn.Linear(1, 1)\nfn = lambda: m(1)",
      "seen = iter([1])\nfn = lambda: next(seen)", "r = np.random.default_rng()\nd = r.random\nfn = lambda: d()",
-     "import conftest_like\nfn = lambda: conftest_like.f()", "def fn():\n    import llama2lib\n    import conftest_like\n"],
+     "import conftest_like\nfn = lambda: conftest_like.f()",
+     "def fn():\n    import llama2lib\n    import conftest_like\n"],
 )  # fmt: skip
 def test_unseen_state_is_refused(source, tmp_path, monkeypatch):
     (tmp_path / "conftest_like.py").write_text("def f(): return {}\n")
