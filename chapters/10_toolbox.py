@@ -566,7 +566,7 @@ random = np.random.default_rng(0)
 scores = random.normal(size=(3, 200))
 better = paired_interval(scores + 0.1 + random.normal(0, 0.3, (3, 200)), scores)
 assert better.low < better.value < better.high
-assert paired_interval(scores, scores + 0.25)[1:] == (-0.25, -0.25)  # no spread in the difference: no spread in the result
+assert paired_interval(scores, scores + 0.25)[1:] == (-0.25, -0.25)  # no spread in, no spread out
 better
 
 # %% [markdown]
@@ -710,7 +710,7 @@ from llama2lib.recipes import ROOT
 
 
 def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1) -> list[str]:
-    """Arguments of torchrun for a module (`llama2lib.sft`) or a script (a path ending in .py).
+    """Arguments of torchrun for a module (`llama2lib.sft`) or a script (a path that ends in .py).
 
     One node finds a free port by itself. With more, the same command is started on every node, and they meet at port
     29500 of `$HEAD_NODE`, which the shell fills in.
@@ -744,14 +744,14 @@ def first_failure(logs: Path) -> str:
         text = message if isinstance(message, str) else message["extraInfo"]["py_callstack"]
         return f"rank {errors[0].parent.name} failed:\n{text.strip()}"
     for path in sorted(logs.glob("**/stderr.log"), key=lambda path: path.stat().st_mtime_ns):
-        before, start, traceback = path.read_text("utf-8", "replace").partition("Traceback (most recent call last)")
-        if start:
-            return f"rank {path.parent.name} failed:\n{start}{traceback.strip()}"
+        text = path.read_text("utf-8", "replace")
+        if "Traceback (most recent call last)" in text:
+            return f"rank {path.parent.name} failed:\n{text[text.index('Traceback') :].strip()}"
     return ""
 
 
 def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = False, env: dict | None = None) -> bool:
-    """Print the torchrun command for a module or script and run it here if this machine can; True if it ran.
+    """Print the torchrun command for a module or script, and run it if this machine can; True if it ran.
 
     CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; with several nodes, never (a cell is one node).
     `env` is added to the environment. Output appears as it is written, each line with its rank; the working folder is
@@ -783,7 +783,8 @@ def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = Fal
         try:
             tail = []
             for line in process.stdout:
-                print(line, end="", flush=True)
+                if line.startswith("[rank"):  # torchrun's own lines matter only if no rank explains a failure
+                    print(line, end="", flush=True)
                 tail = [*tail[-40:], line]
             code = process.wait()
         except BaseException:
@@ -799,8 +800,7 @@ def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = Fal
 
 
 # %% [markdown]
-# X second
-# command would use the whole of an A100 node; the third, a quarter of the paper's cluster for the 70B model.
+# Commands for one node of eight GPUs, and for 64 such nodes, are shown and wait for the hardware.
 
 # %%
 launch("llama2lib.sft", "--model", "7B", nproc=8, gpus=True)
@@ -813,9 +813,18 @@ script = cache_folder() / "hello.py"
 write_atomic(script, "import os\nprint('hello from', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])\n")
 assert launch(os.path.relpath(script, ROOT))
 
+# %% [markdown]
+# A failure names the rank and shows its traceback.
+
 # %%
+from contextlib import redirect_stdout
+from io import StringIO
+
 write_atomic(script, "import os\nassert os.environ['RANK'] == '0', 'this rank has a bug'\n")
 try:
-    launch(os.path.relpath(script, ROOT))
+    with redirect_stdout(StringIO()):
+        launch(os.path.relpath(script, ROOT))
 except RuntimeError as error:
-    assert "rank 1 failed" in str(error) and "this rank has a bug" in str(error)
+    lines = str(error).splitlines()
+    print(lines[0], "...", lines[-1], sep="\n")
+assert lines[0].endswith("rank 1 failed:") and lines[-1] == "AssertionError: this rank has a bug"

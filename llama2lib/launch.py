@@ -20,7 +20,7 @@ from llama2lib.recipes import ROOT
 
 
 def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1) -> list[str]:
-    """Arguments of torchrun for a module (`llama2lib.sft`) or a script (a path ending in .py).
+    """Arguments of torchrun for a module (`llama2lib.sft`) or a script (a path that ends in .py).
 
     One node finds a free port by itself. With more, the same command is started on every node, and they meet at port
     29500 of `$HEAD_NODE`, which the shell fills in.
@@ -42,14 +42,14 @@ def first_failure(logs: Path) -> str:
         text = message if isinstance(message, str) else message["extraInfo"]["py_callstack"]
         return f"rank {errors[0].parent.name} failed:\n{text.strip()}"
     for path in sorted(logs.glob("**/stderr.log"), key=lambda path: path.stat().st_mtime_ns):
-        before, start, traceback = path.read_text("utf-8", "replace").partition("Traceback (most recent call last)")
-        if start:
-            return f"rank {path.parent.name} failed:\n{start}{traceback.strip()}"
+        text = path.read_text("utf-8", "replace")
+        if "Traceback (most recent call last)" in text:
+            return f"rank {path.parent.name} failed:\n{text[text.index('Traceback') :].strip()}"
     return ""
 
 
 def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = False, env: dict | None = None) -> bool:
-    """Print the torchrun command for a module or script and run it here if this machine can; True if it ran.
+    """Print the torchrun command for a module or script, and run it if this machine can; True if it ran.
 
     CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; with several nodes, never (a cell is one node).
     `env` is added to the environment. Output appears as it is written, each line with its rank; the working folder is
@@ -81,7 +81,8 @@ def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = Fal
         try:
             tail = []
             for line in process.stdout:
-                print(line, end="", flush=True)
+                if line.startswith("[rank"):  # torchrun's own lines matter only if no rank explains a failure
+                    print(line, end="", flush=True)
                 tail = [*tail[-40:], line]
             code = process.wait()
         except BaseException:

@@ -74,7 +74,7 @@ def test_both_seeds_and_prompts_are_resampled():
     assert only_seeds.low <= -0.5 and only_seeds.high >= 0.5
     d = random.normal(size=400)
     only_prompts = paired_interval(zero + d, zero)
-    assert np.isclose(only_prompts.high - only_prompts.low, 2 * 1.96 * d.std() / 20, rtol=0.1)  # 4 seeds do not halve it
+    assert np.isclose(only_prompts.high - only_prompts.low, 2 * 1.96 * d.std() / 20, rtol=0.1)
 
 
 def test_coverage_where_seeds_differ_little():
