@@ -429,8 +429,8 @@ class _Fingerprint:
 
 
 # %% [markdown]
-# The key also holds the scale and the version of PyTorch. What a function reads from files or from the environment is
-# not seen: put it (or a digest of it) into `config`.
+# The key also holds the scale and the version of PyTorch. What a function reads from files, from the environment or
+# from the global random state is not seen: put it (or a digest of it) into `config`, and seed inside the function.
 
 # %%
 #| export recipes
@@ -599,10 +599,11 @@ for n_seeds in (3, 5):
         print(f"{n_seeds:5d}  {seed_sd:16.2f}  {covered:15.1%}  {held:13.1%}")
 
 # %% [markdown]
-# For comparison, the standard error of a mean over 100 prompts is about 0.06 here. Seeds that differ less than that do
-# no harm, and the interval is even a little wide. Where they differ much more (last rows), three seeds give an interval
-# that misses the truth about one time in four, and five are better but not cured. A wide spread between the seeds'
-# means is a reason to add seeds, whatever the interval says.
+# The standard error from 100 prompts is about 0.06 here. Seeds that differ less than that do no harm, and the interval
+# is even a little wide. Where they differ much more (last rows), three seeds give an interval that misses the truth one
+# time in four, and the rule comes down to its second half: three signs agree by chance one time in eight, far more
+# often than the 2.5 % that the interval promises. A verdict from three seeds whose means lie far apart is a reason to
+# add seeds. Five bring the rule back to its promise: their signs agree by chance one time in 32.
 
 # %% [markdown]
 # ### Do the raters agree?
@@ -753,7 +754,7 @@ def first_failure(logs: Path) -> str:
 def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = False, env: dict | None = None) -> bool:
     """Print the torchrun command for a module or script, and run it if this machine can; True if it ran.
 
-    CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; with several nodes, never (a cell is one node).
+    CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; on several nodes, never (a cell is on one).
     `env` is added to the environment. Output appears as it is written, each line with its rank; the working folder is
     the repository root. RuntimeError, with the traceback of the first rank that failed, if the command fails; an
     interrupt stops the processes.

@@ -51,7 +51,7 @@ def first_failure(logs: Path) -> str:
 def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = False, env: dict | None = None) -> bool:
     """Print the torchrun command for a module or script, and run it if this machine can; True if it ran.
 
-    CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; with several nodes, never (a cell is one node).
+    CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; on several nodes, never (a cell is on one).
     `env` is added to the environment. Output appears as it is written, each line with its rank; the working folder is
     the repository root. RuntimeError, with the traceback of the first rank that failed, if the command fails; an
     interrupt stops the processes.
