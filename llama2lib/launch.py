@@ -75,7 +75,7 @@ def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = Fal
         process = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *flags, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path} | added,
+            env=os.environ | {"PYTHONPATH": path} | added,
             start_new_session=True,  # an interrupt reaches this process, which then stops the others in order
         )  # fmt: skip
         try:
