@@ -52,7 +52,7 @@ stale: env  ## list the notebooks that are older than their code
 
 ledger: env  ## judge the claims and write figures/ledger.json (SEEDS=3,4,5 for other seeds, COMPARE=1 to report flips only)
 	$(foreach chapter,$(sort $(wildcard chapters/[0-9]*.py)),$(if $(SEEDS),LLAMA2_SEEDS=$(SEEDS)) $(PY) $(chapter) &&) true
-	$(PY) -m llama2lib.ledger $(if $(COMPARE),--compare)
+	$(if $(SEEDS),LLAMA2_SEEDS=$(SEEDS)) $(PY) -m llama2lib.ledger $(if $(COMPARE),--compare)
 
 bench: env  ## timings as ratios to transformers, in one table
 	$(PY) tests/benchmarks/run.py

@@ -526,7 +526,7 @@ assert counter.get_total_flops() == 64 * config.forward_flops_per_token(context=
 A100_FLOPS = 312e12  # dense bfloat16, NVIDIA's data sheet
 print("size   operations a token   share of the A100s' peak that Table 2's hours imply for 2T tokens")
 for name in ("7B", "13B", "34B", "70B"):
-    hours = paper.TABLES["Table 2"][name]["gpu_hours"]
+    hours = paper.PAPER["Table 2"][name]["gpu_hours"]
     operations = 3 * LLAMA2[name].forward_flops_per_token(context=(4096 + 1) / 2)
     print(f"{name:>4} {operations:20.3e} {2e12 * operations / (3600 * hours * A100_FLOPS):12.0%}")
 

@@ -12,6 +12,7 @@ __all__ = [
     "missing_evidence",
     "plain",
     "judged",
+    "rows_folder",
     "row_file",
     "record",
     "as_json",
@@ -33,6 +34,7 @@ __all__ = [
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter
 from datetime import UTC, datetime
@@ -169,10 +171,16 @@ def judged(row: Row) -> Row:
         raise ValueError(f"{where}: expected seeds to be {{seed: its effect}}, found {seeds!r}")
     return row | {"status": status_of(row)}
 
+def rows_folder() -> Path:
+    "Where rows wait to be merged; runs with seeds of their own (`LLAMA2_SEEDS`) have a folder of their own."
+    chosen = os.environ.get("LLAMA2_SEEDS", "")
+    return cache_folder() / ("ledger" + "-".join(["", *re.findall(r"\d+", chosen)]))
+
+
 def row_file(item: str, claim: str) -> Path:
     "The cache file of one row: readable item, hash of the key."
     digest = hashlib.sha256(f"{item}\n{claim}".encode()).hexdigest()[:12]
-    return cache_folder() / "ledger" / f"{re.sub(r'[^a-z0-9]+', '-', item.lower())}-{digest}.json"
+    return rows_folder() / f"{re.sub(r'[^a-z0-9]+', '-', item.lower())}-{digest}.json"
 
 
 def record(item: str, claim: str, criterion: str, paper: Any, ours: Any, interval: tuple[float, float] | None = None,
@@ -239,7 +247,7 @@ def merge(compare: bool = False) -> list[Row]:
         compare: only report the verdicts that would flip, and write nothing.
     """
     book = {(row["item"], row["claim"]): row for row in load()}
-    for path in sorted((cache_folder() / "ledger").glob("*-????????????.json")):
+    for path in sorted(rows_folder().glob("*-????????????.json")):
         for key, row in read_rows(path).items():
             old = book.get(key)
             if old and (row["measured"] < old["measured"] or row | {"measured": old["measured"]} == old):

@@ -1,0 +1,97 @@
+"""Generated from chapters/10_toolbox.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "torchrun_arguments",
+    "first_failure",
+    "launch",
+]
+
+
+# ---------- chapters/10_toolbox.py · Launch: several processes from a cell
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llama2lib.recipes import ROOT
+
+
+def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1) -> list[str]:
+    """Arguments of torchrun for a module (`llama2lib.sft`) or a script (a path that ends in .py).
+
+    One node finds a free port by itself. With more, the same command is started on every node, and they meet at port
+    29500 of `$HEAD_NODE`, which the shell fills in.
+    """
+    meeting = ["--standalone"]
+    if nnodes > 1:
+        meeting = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", "--rdzv-id=llama2", "--rdzv-endpoint=$HEAD_NODE:29500"]
+    program = [module] if module.endswith(".py") else ["-m", module]
+    return [*meeting, f"--nproc-per-node={nproc}", *program, *map(str, args)]
+
+import json
+
+
+def first_failure(logs: Path) -> str:
+    "The traceback of the rank that failed first, from a `--log-dir` of torchrun; '' if no rank left one."
+    errors = sorted(logs.glob("**/error.json"), key=lambda path: path.stat().st_mtime_ns)
+    if errors:
+        message = json.loads(errors[0].read_text("utf-8"))["message"]
+        text = message if isinstance(message, str) else message["extraInfo"]["py_callstack"]
+        return f"rank {errors[0].parent.name} failed:\n{text.strip()}"
+    for path in sorted(logs.glob("**/stderr.log"), key=lambda path: path.stat().st_mtime_ns):
+        text = path.read_text("utf-8", "replace")
+        if "Traceback (most recent call last)" in text:
+            return f"rank {path.parent.name} failed:\n{text[text.index('Traceback') :].strip()}"
+    return ""
+
+
+def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = False, env: dict | None = None) -> bool:
+    """Print the torchrun command for a module or script, and run it if this machine can; True if it ran.
+
+    CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; on several nodes, never (a cell is on one).
+    `env` is added to the environment. Output appears as it is written, each line with its rank; the working folder is
+    the repository root. RuntimeError, with the traceback of the first rank that failed, if the command fails; an
+    interrupt stops the processes.
+    """
+    added = {key: str(value) for key, value in (env or {}).items()}
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:  # the processes share the cores
+        added.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // nproc)))
+    arguments = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes)
+    words = [f"{key}={shlex.quote(value)}" for key, value in added.items()]
+    words += ["torchrun", *(f'"{word}"' if "$HEAD_NODE" in word else shlex.quote(word) for word in arguments)]
+    print("$", " ".join(words))
+    if nnodes > 1:
+        print(f"Not run here: start it on each of the {nnodes} nodes.")
+        return False
+    if gpus and os.environ.get("LLAMA2_LAUNCH") != "1":
+        print(f"Not run here: it needs {nproc} GPU{'s' * (nproc > 1)}. Where they are, set LLAMA2_LAUNCH=1.")
+        return False
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with TemporaryDirectory(prefix="torchrun-") as logs:
+        flags = ["--log-dir", logs, "--tee=3", "--role=rank"]  # files for us, a copy for the cell, lines as "[rank0]:"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *flags, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": path} | added,
+            start_new_session=True,  # an interrupt reaches this process, which then stops the others in order
+        )  # fmt: skip
+        try:
+            tail = []
+            for line in process.stdout:
+                if line.startswith("[rank"):  # torchrun's own lines matter only if no rank explains a failure
+                    print(line, end="", flush=True)
+                tail = [*tail[-40:], line]
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # torchrun stops its workers, by force after 30 s
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+        if code:
+            raise RuntimeError(f"{module}: {first_failure(Path(logs)) or 'torchrun failed:' + chr(10) + ''.join(tail)}")
+    return True
