@@ -12,7 +12,6 @@
 # %%
 import math
 import os
-import tempfile
 import time
 from dataclasses import asdict, replace
 from itertools import islice
@@ -30,7 +29,7 @@ from llama2lib.generation import generate
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.pretrain import PRETRAIN, held_out_loss, pretrain
 from llama2lib.recipes import cache_folder, cached, scale
-from llama2lib.tokenizer import Tokenizer, train_tokenizer
+from llama2lib.tokenizer import train_tokenizer
 
 smoke = scale() == "smoke"
 
@@ -96,8 +95,8 @@ print(f"{config.num_params:,} parameters: {asdict(config)}")
 # %% [markdown]
 # ## 4. Pretraining
 #
-# The paper's recipe (AdamW, warm-up, cosine to a tenth, weight decay 0.1, clipping), in steps of 4,096 tokens instead of
-# four million. About three minutes on two cores the first time; after that the result comes from the cache.
+# The paper's recipe (AdamW, warm-up, cosine to a tenth, weight decay 0.1, clipping), in steps of 4,096 tokens instead
+# of four million. About three minutes on two cores the first time; after that the result comes from the cache.
 
 # %%
 recipe = PRETRAIN["book-1M"]
@@ -109,7 +108,7 @@ print(f"{len(stream):,} tokens, {recipe.steps} steps, 1 pass")
 
 
 def train_base() -> dict:
-    "Train a fresh model on the stream; its weights, the training loss, and the held-out loss of each source on the way."
+    "Train a model on the stream: its weights, the training loss, and the held-out loss of each source on the way."
     torch.manual_seed(0)
     model, began = Llama(config), time.time()
     loss, measured = [], {name: [] for name in probes}
@@ -129,8 +128,8 @@ model = Llama(config)
 model.load_state_dict(base["weights"])
 
 # %% [markdown]
-# Loss is in nats per token: how surprised the model is by the next piece, on average. Guessing evenly among 2,048 pieces
-# costs 7.6.
+# Loss is in nats per token: how surprised the model is by the next piece, on average. Guessing evenly among 2,048
+# pieces costs 7.6.
 
 # %%
 fig, ax = plt.subplots(layout="constrained")
@@ -139,7 +138,9 @@ ax.plot(tokens / 1e6, base["loss"], color="0.8", label="training, every step")
 for name, points in base["held_out"].items():
     seen, loss = np.array(points).T
     ax.plot(seen / 1e6, loss, marker=".", label=f"{name}, held out")
-ax.set(xlabel="training tokens (millions)", ylabel="loss (nats per token)", title="Every domain is still getting easier")
+ax.set(
+    xlabel="training tokens (millions)", ylabel="loss (nats per token)", title="Every domain is still getting easier"
+)
 ax.legend(frameon=False)
 plots.save(fig, "00_loss_by_source.png")
 
@@ -151,11 +152,11 @@ print({name: round(loss, 2) for name, loss in last.items()}, "nats per token at 
 # %% [markdown]
 # ## 5. It writes
 #
-# Four beginnings, continued at temperature 0.7 and top-p 0.9. With a million parameters and a few minutes of training it
-# has learned how each domain looks and which words go together, and not what they mean.
+# Four beginnings, continued at temperature 0.7 and top-p 0.9. With a million parameters and a few minutes of training
+# it has learned how each domain looks and which words go together, and not what they mean.
 
 # %%
-beginnings = ["A: Hi! How are you?\nB:", "The \"while\" statement", "Return a list of", "def read(self"]
+beginnings = ["A: Hi! How are you?\nB:", 'The "while" statement', "Return a list of", "def read(self"]
 if own_text:
     beginnings = [documents[0][:40] for documents in held_out.values() if documents]
 prompts = [tokenizer.encode(text, bos=True) for text in beginnings]

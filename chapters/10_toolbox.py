@@ -1,10 +1,12 @@
 # %% [markdown]
 # # The toolbox
 #
-# > The paper's numbers as data, a ledger of verdicts, one style for figures: what every other chapter leans on.
+# > The paper's numbers as data, a ledger of verdicts, intervals, a cache, a launcher, one style for figures: what every
+# > other chapter leans on.
 #
-# Nothing here is a language model. Three small modules carry the book's honesty: `paper` states what was printed,
-# `ledger` sets our measurement beside it and computes the verdict, `plots` draws both so that nobody mixes them up.
+# Nothing here is a language model. `paper` states what was printed, `ledger` sets our measurement beside it and computes
+# the verdict, `plots` draws both so that nobody mixes them up. `recipes` keeps what was trained, `stats` says how sure
+# we are, and `launch` starts several processes from a cell.
 
 # %% [markdown]
 # ## The paper's numbers, once
@@ -1685,11 +1687,12 @@ def _read_entry(path: Path):
 # %% [markdown]
 # ### Which code made it?
 #
-# The key of an entry covers the configuration, the scale, PyTorch's version, and the code. For a function of the library
-# that is its module and all that the module imports. A function written in a notebook is its own source, the functions
-# of the notebook and of the library that it names, and the values it reads from around it. A value that cannot be
-# stored, a model for instance, cannot be part of a key either and is refused, so that an old result is never taken for
-# a new one. Files, the environment and the state of random generators are not seen: pass them in the configuration.
+# The key of an entry covers the configuration, the scale, PyTorch's version, and the code. For a function of the
+# library that is its module and all that the module imports. A function written in a notebook is its own source, the
+# functions of the notebook and of the library that it names, and the values it reads from around it. A value that
+# cannot be stored, a model for instance, cannot be part of a key either and is refused, so that an old result is never
+# taken for a new one. Files, the environment and the state of random generators are not seen: pass them in the
+# configuration.
 
 # %%
 #| export recipes
@@ -2072,7 +2075,7 @@ def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1) -> l
 
 
 # %%
-print("torchrun", shlex.join(torchrun_arguments("llama2lib.sft", "--steps", 3)))
+print("torchrun", shlex.join(torchrun_arguments("train.py", "--steps", 3)))
 
 # %% [markdown]
 # When one rank fails, the others are stopped, and what torchrun prints last is a summary without the reason. The reason
@@ -2152,8 +2155,8 @@ def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = Fal
 # Commands for one node of eight GPUs, and for 64 such nodes, are shown and wait for the hardware.
 
 # %%
-launch("llama2lib.sft", "--model", "7B", nproc=8, gpus=True)
-launch("llama2lib.pretrain", "--model", "70B", nproc=8, nnodes=64, gpus=True)
+launch("train.py", "--model", "7B", nproc=8, gpus=True)
+launch("train.py", "--model", "70B", nproc=8, nnodes=64, gpus=True)
 
 # %%
 from llama2lib.recipes import cache_folder, write_atomic

@@ -52,7 +52,7 @@ class Tokenizer:
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens vanish, bytes that are no UTF-8 become U+FFFD, one leading space is dropped.
+        """Text of token ids; control tokens vanish, bytes that are not UTF-8 become U+FFFD, one leading space goes.
 
         The space is the one that `encode` puts in front; to continue a text, decode both parts together.
         """

@@ -315,7 +315,8 @@ def test_unseen_state_is_refused(source):
      "def fn():\n    from llama2lib.outer import f\n    return f()",
      "from llama2lib.outer import f\ndef g():\n    return f()\ndef fn():\n    return g()",
      "from llama2lib.outer import f\n@torch.no_grad()\ndef fn():\n    return f()",
-     "def fn():\n    return {'ran': 'llama2lib.outer'}", "import llama2lib.outer as outer\ndef fn():\n    return outer.f()"],
+     "def fn():\n    return {'ran': 'llama2lib.outer'}",
+     "import llama2lib.outer as outer\ndef fn():\n    return outer.f()"],
 )  # fmt: skip
 def test_library_code_it_reaches_makes_a_new_entry(package, source, monkeypatch):
     import llama2lib

@@ -1,7 +1,7 @@
 """Timings beside transformers, as ratios: the median of interleaved pairs in one run, same weights, same dtype.
 
-    make bench                 all sizes
-    python tests/benchmarks/run.py --widths 128 --pairs 5
+make bench                 all sizes
+python tests/benchmarks/run.py --widths 128 --pairs 5
 """
 
 import json
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import tyro
+from llama2lib.checkpoint import save_checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from llama2lib.checkpoint import save_checkpoint
 from llama2lib.generation import generate
 from llama2lib.model import LLAMA2, Llama, swiglu_width
 from llama2lib.pretrain import next_token_loss
@@ -32,7 +32,12 @@ def pair(width: int):
     "Our model and transformers', with the same random weights."
     heads = width // 32
     shape = replace(
-        LLAMA2["book-1M"], dim=width, n_heads=heads, n_kv_heads=heads // 2, hidden_dim=swiglu_width(width, 8), vocab_size=2048
+        LLAMA2["book-1M"],
+        dim=width,
+        n_heads=heads,
+        n_kv_heads=heads // 2,
+        hidden_dim=swiglu_width(width, 8),
+        vocab_size=2048,
     )
     torch.manual_seed(0)
     ours = Llama(shape)
@@ -71,7 +76,9 @@ def training(width: int, pairs: int) -> dict:
 
     assert torch.allclose(next_token_loss(ours, batch), their_loss(), rtol=1e-4)
     ratio, took = compare(
-        lambda: step(lambda: next_token_loss(ours, batch), optimizers[0]), lambda: step(their_loss, optimizers[1]), pairs
+        lambda: step(lambda: next_token_loss(ours, batch), optimizers[0]),
+        lambda: step(their_loss, optimizers[1]),
+        pairs,
     )
     return {"task": "training step", "width": width, "ratio": ratio, "tokens/s": batch[:, 1:].numel() / took}
 
@@ -85,13 +92,21 @@ def generation(width: int, rows: int, pairs: int) -> dict:
 
     def run_theirs():
         mask = torch.ones_like(prompts)
-        out = theirs.generate(prompts, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        out = theirs.generate(
+            prompts, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+        )
         return out[:, 16:].tolist()
 
     same = sum(a == b for a, b in zip(run_ours(), run_theirs(), strict=True)) / rows
     ratio, took = compare(run_ours, run_theirs, pairs)
     tokens = rows * NEW_TOKENS
-    return {"task": f"generation, batch {rows}", "width": width, "ratio": ratio, "tokens/s": tokens / took, "same": same}
+    return {
+        "task": f"generation, batch {rows}",
+        "width": width,
+        "ratio": ratio,
+        "tokens/s": tokens / took,
+        "same": same,
+    }
 
 
 def main(widths: tuple[int, ...] = (128, 256, 512), pairs: int = 7, threads: int = 1):
@@ -112,7 +127,9 @@ def main(widths: tuple[int, ...] = (128, 256, 512), pairs: int = 7, threads: int
     print(f"\n{machine}; ratio above 1: ours is faster\n\n{'task':22} width   ratio    tokens/s")
     for row in results:
         print(f"{row['task']:22} {row['width']:5} {row['ratio']:6.2f}× {row['tokens/s']:11,.0f}")
-    write_atomic(Path(__file__).with_name("results.json"), json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+    write_atomic(
+        Path(__file__).with_name("results.json"), json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":
