@@ -260,17 +260,17 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
         files = [folder / name for name in sorted(set(places.values()))]
     shapes = {name: p.shape for name, p in _meta_model(config).named_parameters()}
     targets = {layout(name)[0]: [name] for name in shapes}
-    if fields.get("tie_word_embeddings"):
-        targets["model.embed_tokens.weight"] += targets.pop("lm_head.weight")
 
     def tensors():
         for file in files:
             with _open_safetensors(file) as opened:
                 for key in opened.keys():
-                    if not key.endswith("rotary_emb.inv_freq") and (key != "lm_head.weight" or key in targets):
+                    if not key.endswith("rotary_emb.inv_freq"):
                         yield key, opened.get_tensor(key)
 
     found = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors()}
+    if fields.get("tie_word_embeddings") and "lm_head.weight" not in found:
+        targets["model.embed_tokens.weight"] += targets.pop("lm_head.weight")
     _check(folder, {key: shape for key, (shape, _) in found.items()}, {key: shapes[n[0]] for key, n in targets.items()})
     heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
 
