@@ -5,17 +5,13 @@ __all__ = [
     "halves_to_interleaved",
     "NAMES",
     "layout",
-    "HF_FIELDS",
-    "HF_CONSTANTS",
     "config_from_hf",
     "config_to_hf",
     "width_rule",
     "config_from_meta",
     "config_to_meta",
-    "Piece",
     "read_tensors",
     "load_checkpoint",
-    "tokenizer_json",
     "save_checkpoint",
     "save_meta",
 ]
@@ -25,7 +21,6 @@ __all__ = [
 
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -99,7 +94,7 @@ def _meta_model(config: ModelConfig) -> Llama:
 
 # ---------- chapters/91_checkpoint.py · The shape of the model
 
-HF_FIELDS = {
+_HF_FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -110,7 +105,7 @@ HF_FIELDS = {
     "norm_eps": "rms_norm_eps",
     "rope_theta": "rope_theta",
 }
-HF_CONSTANTS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_HF_CONSTANTS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
 def _number(fields: dict, name: str, kind: type, default=None):
@@ -132,7 +127,7 @@ def _model_config(fields: dict, names: dict[str, str]) -> ModelConfig:
 
 def config_from_hf(fields: dict) -> ModelConfig:
     "The shape in a Hugging Face config.json. ValueError, naming the field, for what Llama 2 does not have."
-    for name, only in (HF_CONSTANTS | {"quantization_config": None}).items():
+    for name, only in (_HF_CONSTANTS | {"quantization_config": None}).items():
         value = fields.get(name)
         if value != only and (value is not None or name == "model_type"):
             raise ValueError(f"{name} = {value!r} is not Llama 2's; expected {only!r}")
@@ -141,7 +136,7 @@ def config_from_hf(fields: dict) -> ModelConfig:
         fields = fields | {"rope_theta": rope.pop("rope_theta", fields.get("rope_theta"))}
         if any(value not in ("default", None, 1.0) for value in rope.values()):
             raise ValueError(f"{name} = {fields[name]!r} changes the rotation; expected type 'default'")
-    config = _model_config(fields, HF_FIELDS)
+    config = _model_config(fields, _HF_FIELDS)
     if fields.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"head_dim = {fields['head_dim']!r}, expected {config.head_dim} (hidden_size / heads)")
     return config
@@ -149,8 +144,8 @@ def config_from_hf(fields: dict) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int = 1, eos_id: int = 2) -> dict:
     "The fields of a config.json; the rotation's base twice, since transformers 4 and 5 look in different places."
-    fields = {"architectures": ["LlamaForCausalLM"], "torch_dtype": str(dtype).removeprefix("torch.")} | HF_CONSTANTS
-    fields |= {name: getattr(config, our) for our, name in HF_FIELDS.items()} | {"head_dim": config.head_dim}
+    fields = {"architectures": ["LlamaForCausalLM"], "torch_dtype": str(dtype).removeprefix("torch.")} | _HF_CONSTANTS
+    fields |= {name: getattr(config, our) for our, name in _HF_FIELDS.items()} | {"head_dim": config.head_dim}
     fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     return fields | {"tie_word_embeddings": False, "bos_token_id": bos_id, "eos_token_id": eos_id}
 
@@ -170,7 +165,7 @@ def config_from_meta(params: dict, vocab_size: int) -> ModelConfig:
     dim, multiple_of = _number(params, "dim", int), _number(params, "multiple_of", int, 256)
     if multiple_of < 1:
         raise ValueError(f"multiple_of = {multiple_of}, expected at least 1")
-    fields = {"max_seq_len": 4096, "norm_eps": 1e-5} | params
+    fields = {"max_seq_len": 4096, "norm_eps": 1e-5} | {name: v for name, v in params.items() if v is not None}
     fields["hidden_dim"] = swiglu_width(dim, multiple_of, _number(params, "ffn_dim_multiplier", float, 1.0))
     if params.get("vocab_size") in (None, -1):
         fields["vocab_size"] = vocab_size
@@ -180,11 +175,10 @@ def config_from_meta(params: dict, vocab_size: int) -> ModelConfig:
 def config_to_meta(config: ModelConfig) -> dict:
     "The fields of a params.json, without the context length: Meta's programs take it as an argument."
     multiple_of, multiplier = width_rule(config.dim, config.hidden_dim)
-    params = {"dim": config.dim, "n_layers": config.n_layers, "n_heads": config.n_heads}
-    params |= {"n_kv_heads": config.n_kv_heads, "vocab_size": config.vocab_size, "multiple_of": multiple_of}
-    params |= {} if multiplier is None else {"ffn_dim_multiplier": multiplier}
-    params |= {"norm_eps": config.norm_eps}
-    return params | ({} if config.rope_theta == 10_000 else {"rope_theta": config.rope_theta})
+    fields = vars(config) | {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+    fields |= {"hidden_dim": None, "max_seq_len": None}
+    fields |= {"rope_theta": None if config.rope_theta == 10_000 else config.rope_theta}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 # ---------- chapters/91_checkpoint.py · Opening files
@@ -198,12 +192,6 @@ def _naming(file: Path):
         raise FileNotFoundError(f"{file} is missing") from None
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated, or not a safetensors file ({error})") from None
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"{code[1]}, and loading that could run code" if code else "something else"
-        raise ValueError(f"{file}: expected nothing but tensors, but it holds {found}") from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file}: truncated, or not written by torch.save ({str(error).splitlines()[0]})") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
@@ -223,31 +211,39 @@ def _open_safetensors(file: Path):
 
 def _open_pth(file: Path) -> dict[str, Tensor]:
     with _naming(file):
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        for name, tensor in tensors.items() if isinstance(tensors, dict) else [("content", tensors)]:
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                raise ValueError(f"expected a dictionary of floating-point tensors, but {name} is {type(tensor)}")
+        try:
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # a damaged pickle fails in many ways
+            if code := re.search(r"GLOBAL (\S+)", str(error)):
+                raise ValueError(f"holds {code[1]}, and loading that could run code; expected only tensors") from None
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            raise ValueError(f"truncated, damaged, or not written by torch.save ({reason})") from None
+        for name, tensor in tensors.items() if isinstance(tensors, dict) else [("its content", tensors)]:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"expected a dictionary of tensors, but {name} is a {type(tensor).__name__}")
         tensors.pop("rope.freqs", None)  # the rotation's frequencies, which we compute
         return tensors
 
 
-def _check(where, found: dict, expected: dict):
-    "ValueError unless the names are the expected ones, with the expected shapes."
+def _check(where, found: dict[str, Tensor], expected: dict[str, Tensor]):
+    "ValueError unless the names are the expected ones, with the expected shapes, and hold floating-point numbers."
     for problem, names in ("lacks", expected.keys() - found.keys()), ("holds unknown", found.keys() - expected.keys()):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(f"{where} {problem} {', '.join(sorted(names)[:3])}{more}")
-    for name, shape in expected.items():
-        if tuple(found[name]) != tuple(shape):
-            raise ValueError(f"{where}: {name} is {tuple(found[name])}, expected {tuple(shape)}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{where}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+        if not found[name].is_floating_point():
+            raise ValueError(f"{where}: {name} holds {found[name].dtype}, expected floating-point numbers")
 
 
 # ---------- chapters/91_checkpoint.py · Reading
 
-Piece = tuple[str, tuple[slice, ...], Tensor]
+_Piece = tuple[str, tuple[slice, ...], Tensor]
 
 
-def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
+def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     fields = _read_json(folder / "config.json")
     with _naming(folder / "config.json"):
         config = config_from_hf(fields)
@@ -258,8 +254,8 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
         if not isinstance(places, dict):
             raise ValueError(f"{index}: expected a weight_map from tensors to files")
         files = [folder / name for name in sorted(set(places.values()))]
-    shapes = {name: p.shape for name, p in _meta_model(config).named_parameters()}
-    targets = {layout(name)[0]: [name] for name in shapes}
+    parameters = dict(_meta_model(config).named_parameters())
+    targets = {layout(name)[0]: [name] for name in parameters}
 
     def tensors():
         for file in files:
@@ -268,10 +264,10 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
                     if not key.endswith("rotary_emb.inv_freq"):
                         yield key, opened.get_tensor(key)
 
-    found = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors()}
+    found = {key: tensor.to("meta") for key, tensor in tensors()}
     if fields.get("tie_word_embeddings") and "lm_head.weight" not in found:
         targets["model.embed_tokens.weight"] += targets.pop("lm_head.weight")
-    _check(folder, {key: shape for key, (shape, _) in found.items()}, {key: shapes[n[0]] for key, n in targets.items()})
+    _check(folder, found, {key: parameters[names[0]] for key, names in targets.items()})
     heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
 
     def pieces():
@@ -281,9 +277,9 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
             for name in targets[key]:
                 yield name, (slice(None),) * tensor.ndim, tensor
 
-    return config, found["model.embed_tokens.weight"][1], pieces()
+    return config, found["model.embed_tokens.weight"].dtype, pieces()
 
-def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
+def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     files, params = sorted(folder.glob("consolidated.*.pth")), _read_json(folder / "params.json")
     first, embedding = _open_pth(files[0]), "tok_embeddings.weight"
     wq, w1 = "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight"
@@ -304,8 +300,7 @@ def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]
         raise ValueError(f"{folder / 'params.json'}: {rule} give a width of {config.hidden_dim}, but {stored}")
     model = dict(_meta_model(config).named_parameters())
     for i, file in enumerate(files):
-        parts = {name: p[_part(name, p.shape, i, count)].shape for name, p in model.items()}
-        _check(file, {name: tensor.shape for name, tensor in _open_pth(file).items()}, parts)
+        _check(file, _open_pth(file), {name: p[_part(name, p.shape, i, count)] for name, p in model.items()})
 
     def pieces():
         for i, file in enumerate(files):
@@ -317,7 +312,7 @@ def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]
 
     return config, first[embedding].dtype, pieces()
 
-def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
+def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     """Shape, number format and pieces of a checkpoint, checked to be complete, in Meta's names and pair order.
 
     A piece is (parameter, index, tensor): the tensor belongs in `parameter[index]`. Tensors are views of mapped files:
@@ -325,7 +320,7 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[Piece]]:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        previous = folder.with_name(folder.name + ".previous")
+        previous = folder.with_name(f".{folder.name}.previous")
         hint = f"; an interrupted save left the one before in {previous}" if previous.is_dir() else ""
         raise FileNotFoundError(f"{folder}: no such folder{hint}")
     if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -349,7 +344,11 @@ def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llam
     `device`: PyTorch's default device if None. `dtype`: as stored if None. Errors: see `read_tensors`.
     """
     config, stored, pieces = read_tensors(path)
-    model = _meta_model(config).to(dtype or stored).to_empty(device=device or torch.get_default_device())
+    model = (
+        _meta_model(config)
+        .to(dtype or stored)
+        .to_empty(device=torch.get_default_device() if device is None else device)
+    )
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, index, tensor in pieces:
@@ -369,7 +368,7 @@ def _flush(path: Path):
 def _replacing(path, ours: str):
     "An empty folder to write to; after the block it takes the place of `path`, whose files must match `ours`."
     path = Path(path).expanduser().resolve()
-    partial, previous = (path.with_name(path.name + suffix) for suffix in (".partial", ".previous"))
+    partial, previous = (path.with_name(f".{path.name}.{end}") for end in ("partial", "previous"))
     if path.exists():
         others = sorted(f.name for f in path.iterdir() if not re.fullmatch(ours, f.name)) if path.is_dir() else [path]
         if others:
@@ -403,7 +402,7 @@ def _pieces_of(tokenizer, config: ModelConfig) -> SentencePieceProcessor:
         raise ValueError(f"{tokenizer.path} has {pieces.vocab_size()} pieces, but {expected}")
     return pieces
 
-def tokenizer_json(pieces: SentencePieceProcessor) -> dict:
+def _tokenizer_json(pieces: SentencePieceProcessor) -> dict:
     "A SentencePiece BPE model in the format of Hugging Face's tokenizers, with BOS put in front of a text."
     names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
     special = [i for i in range(len(names)) if pieces.is_control(i) or pieces.is_unknown(i)]
@@ -437,7 +436,7 @@ def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000
     several files; each is prepared in memory before it is written.
     """
     config, dtype = model.config, model.tok_embeddings.weight.dtype
-    pieces = _pieces_of(tokenizer, config) if tokenizer else None
+    pieces = None if tokenizer is None else _pieces_of(tokenizer, config)
     groups, size = [{}], 0
     for name, p in model.named_parameters():
         if size and size + p.nbytes > shard_bytes:
@@ -458,16 +457,14 @@ def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000
         if len(groups) > 1:
             total = {"total_size": sum(p.nbytes for p in model.parameters())}
             _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": places})
-        ids = ()
-        if pieces:
-            ids = pieces.bos_id(), pieces.eos_id()
-            names = dict(zip(("bos_token", "eos_token"), map(pieces.id_to_piece, ids), strict=True))
-            names |= {"unk_token": pieces.id_to_piece(pieces.unk_id()), "tokenizer_class": "PreTrainedTokenizerFast"}
-            names |= {"clean_up_tokenization_spaces": False}
-            _write_json(folder / "tokenizer_config.json", names)
-            _write_json(folder / "tokenizer.json", tokenizer_json(pieces))
+        ids = {} if pieces is None else {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
+        if pieces is not None:
+            fields = {f"{name}_token": pieces.id_to_piece(i) for name, i in ids.items()}
+            fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            _write_json(folder / "tokenizer_config.json", fields)
+            _write_json(folder / "tokenizer.json", _tokenizer_json(pieces))
             shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-        _write_json(folder / "config.json", config_to_hf(config, dtype, *ids))
+        _write_json(folder / "config.json", config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2)))
 
 def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
     """Write Meta's layout, divided for model parallelism into `shards` files; replaces as `save_checkpoint` does.
@@ -478,7 +475,7 @@ def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
     for name in ("n_heads", "n_kv_heads", "dim", "hidden_dim", "vocab_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise ValueError(f"{name} = {getattr(config, name)} cannot be divided among {shards} shards")
-    if tokenizer:
+    if tokenizer is not None:
         _pieces_of(tokenizer, config)
     with _replacing(path, r"params\.json|consolidated\.\d\d\.pth|tokenizer\.model") as folder:
         for i in range(shards):
@@ -486,6 +483,6 @@ def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
             if shards > 1:  # a slice would be stored with all of its matrix
                 parts = {name: part.clone() for name, part in parts.items()}
             torch.save({name: part.cpu() for name, part in parts.items()}, folder / f"consolidated.{i:02d}.pth")
-        if tokenizer:
+        if tokenizer is not None:
             shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
         _write_json(folder / "params.json", config_to_meta(config))
