@@ -319,15 +319,18 @@ def test_parameters_own_their_memory(kind, tmp_path):
 
 MEASURE = """
 import sys
-from llama2lib.checkpoint import load_checkpoint
+from llama2lib.checkpoint import load_checkpoint, read_tensors
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 load_checkpoint(sys.argv[1])                           # imports, allocator and threads are in place
 for folder in sys.argv[2:]:
     open("/proc/self/clear_refs", "w").write("5")      # forget the high-water mark
     before = status("VmRSS")
+    read_tensors(folder)
+    opened = status("VmHWM") - before
     model = load_checkpoint(folder)
-    print(status("VmHWM") - before, status("VmRSS") - before, sum(p.nbytes for p in model.parameters()))
+    size = sum(p.nbytes for p in model.parameters())
+    print(opened, status("VmHWM") - before, status("VmRSS") - before, size)
     del model
 """
 
@@ -352,10 +355,11 @@ def test_memory_is_the_model_and_one_file(tmp_path):
     lines = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
     slack = 30_000_000
     for name, line in zip(("hf", "meta"), lines, strict=True):
-        peak, after, weights = map(int, line.split())
+        opened, peak, after, weights = map(int, line.split())
         file = max(f.stat().st_size for f in (tmp_path / name).iterdir())
         shutil.rmtree(tmp_path / name)
         assert weights == size > 200_000_000
+        assert opened <= 20_000_000, f"{name}: looking at the files took {opened:,} bytes"
         assert peak <= size + file + slack, f"{name}: peak {peak:,} for a model of {size:,}, files of {file:,}"
         assert abs(after - size) <= slack, f"{name}: {after:,} kept for a model of {size:,}"
 

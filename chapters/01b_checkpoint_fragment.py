@@ -148,8 +148,10 @@ assert {re.sub(r"\.\d+\.", ".*.", name) for name in Llama(LLAMA2["debug"]).state
 # ### The shape of the model
 #
 # Both layouts describe the model in JSON. A field that asks for something Llama 2 is not (biases, scaled rotations,
-# quantised weights) stops the load: the model would run without it, and be wrong. A tied output matrix can be
-# represented: the embedding is copied, and the two go their own ways in training.
+# quantised weights) stops the load: the model would run without it, and be wrong.
+#
+# > Ours: a model whose output matrix is tied to its embedding is read by copying the embedding. The logits are right;
+# > in training the two go their own ways.
 
 
 # %%
@@ -216,9 +218,11 @@ for shape in LLAMA2.values():
 
 # %% [markdown]
 # Meta's file is shorter, and leaves three things out. The width of the feed-forward layer follows from the rule above;
-# to write any width we may need to search for numbers that make the rule give it. The vocabulary of the released files
-# is −1: it came from the tokenizer, and we take it from the embedding. The context length was an argument of the
-# program; we take Llama 2's 4,096.
+# a width that the released settings do not reach is written with a multiplier that does. The vocabulary of the released
+# files is −1: it came from the tokenizer, and we take it from the embedding. The context length was an argument of the
+# program.
+#
+# > Ours: a Meta folder is read with a context of 4,096, Llama 2's, whatever the model was trained with.
 
 
 # %%
