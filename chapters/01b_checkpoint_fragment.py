@@ -662,12 +662,13 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
 
 # %%
 try:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, logging
 except ImportError:
     print("skipped: pip install 'llama2lib[hub]' for the comparison with transformers")
 else:
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         save_checkpoint(model, folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
-    print(f"{(theirs - model(tokens)).abs().max():.0e}")
+    print(f"largest difference between the logits: {(theirs - model(tokens)).abs().max():.0e}")
     assert torch.allclose(theirs, model(tokens), atol=1e-4)
