@@ -531,7 +531,7 @@ for name in ("7B", "13B", "34B", "70B"):
     print(f"{name:>4} {operations:20.3e} {2e12 * operations / (3600 * hours * A100_FLOPS):12.0%}")
 
 # %% [markdown]
-# The paper does not print that share. It falls where the hours grow faster than the model.
+# The paper does not print that share. The 34B model, the only one whose GPUs were capped at 350 W, has the lowest.
 #
 # While generating, the KV cache is what fills the memory. In 16 bits, for a sequence of 4,096 tokens:
 
@@ -574,6 +574,678 @@ ax.text(1, 680, "8 GPUs of 80 GB")
 ax.set(xscale="log", yscale="log", xlabel="sequences of 4,096 tokens", ylabel="weights and cache, 16 bits (GB)",
        title="70B: grouped queries hold eight times the batch")  # fmt: skip
 plots.save(fig, "01_kv_cache.png")
+
+# %% [markdown]
+# ## Checkpoints
+#
+# Llama 2's weights go around in two layouts. Meta released the first; nearly every tool reads the second.
+#
+# | | Meta | Hugging Face |
+# |---|---|---|
+# | shape of the model | `params.json` | `config.json` |
+# | weights | `consolidated.00.pth`, `.01.pth`, … | `model.safetensors`, or `model-00001-of-0000N…` and an index |
+# | a file holds | one slice of every matrix (7B 1 file, 13B 2, 70B 8) | some whole matrices |
+# | rotary pairs | neighbours | halves |
+#
+# We read and write both. Names differ, the rows of two matrices are in another order, and matrices have to be put
+# together; nothing here changes a number.
+
+# %%
+#| export checkpoint
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+from llama2lib.model import Llama, ModelConfig, swiglu_width
+
+# %% [markdown]
+# ### The order of the rotary pairs
+#
+# The first number of each of Meta's pairs comes from an even row of `wq` or `wk`, the second from the row below it.
+# Hugging Face rotates row $i$ with row $i + H/2$, so its files hold all first numbers of a head, then all second ones.
+# Heads stay where they are, which is why the number of heads matters: for `wk` it is `n_kv_heads`.
+
+
+# %%
+#| export checkpoint
+def interleaved_to_halves(weight: Float[Tensor, "N*H D"], n_heads: int) -> Float[Tensor, "N*H D"]:
+    "Reorder the rows of wq (n_heads) or wk (n_kv_heads) from Meta's pairs to Hugging Face's."
+    return rearrange(weight, "(n pair two) d -> (n two pair) d", n=n_heads, two=2)
+
+
+def halves_to_interleaved(weight: Float[Tensor, "N*H D"], n_heads: int) -> Float[Tensor, "N*H D"]:
+    "Reorder the rows of q_proj (n_heads) or k_proj (n_kv_heads) from Hugging Face's pairs to Meta's."
+    return rearrange(weight, "(n two pair) d -> (n pair two) d", n=n_heads, two=2)
+
+
+# %% [markdown]
+# Two heads of eight rows. a1 and a2 are the first pair of the head, and so on to d1 and d2.
+
+# %%
+rows = [f"{head}{pair}{member}" for head in "01" for pair in "abcd" for member in "12"]
+order = interleaved_to_halves(torch.arange(16)[:, None], n_heads=2).flatten()
+print("Meta        ", *rows)
+print("Hugging Face", *(rows[i] for i in order))
+assert torch.equal(halves_to_interleaved(order[:, None], 2).flatten(), torch.arange(16))
+
+# %% [markdown]
+# The proof is in the scores: rotating halves with reordered rows gives what rotating neighbours gave. With the wrong
+# number of heads it does not, and nothing but the numbers says so.
+
+
+# %%
+def rotate_halves(x, rope):
+    "Hugging Face's rotation, x (B T N H): number i of a head turns with number i + H/2."
+    cos, sin = rope.unsqueeze(-3).unbind(-1)
+    first, second = x.chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+def scores_of(wq, wk, rotate):
+    "Attention scores (T T) of the first head, from 16 random tokens."
+    x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
+    q, k = (rotate((x @ w.T).unflatten(-1, (-1, 16)), rope_table(LLAMA2["debug"])[:16])[0, :, 0] for w in (wq, wk))
+    return q @ k.T
+
+
+torch.manual_seed(0)
+wq, wk = torch.randn(64, 64), torch.randn(32, 64)  # 4 query heads share 2 key heads
+meta = scores_of(wq, wk, apply_rope)
+for label, k_heads in (("n_kv_heads for wk", 2), ("n_heads for both", 4)):
+    scores = scores_of(interleaved_to_halves(wq, 4), interleaved_to_halves(wk, k_heads), rotate_halves)
+    print(f"{label}: the largest score is {meta.abs().max():.0f}, the largest error {(scores - meta).abs().max():.3f}")
+    assert torch.allclose(scores, meta, atol=1e-3) == (k_heads == 2)
+
+# %% [markdown]
+# ### Names
+#
+# One row per kind of parameter: what each layout calls it, and how Meta's model-parallel files cut it. A matrix is cut
+# by its output (0) where every file computes some heads or units, by its input (1) where the files' results are
+# summed, and the embedding by its width.
+
+# %%
+#| export checkpoint
+NAMES = {  # Meta: (Hugging Face, dimension that several files divide; None: every file holds a copy)
+    "tok_embeddings.weight": ("model.embed_tokens.weight", 1),
+    "layers.*.attention.wq.weight": ("model.layers.*.self_attn.q_proj.weight", 0),
+    "layers.*.attention.wk.weight": ("model.layers.*.self_attn.k_proj.weight", 0),
+    "layers.*.attention.wv.weight": ("model.layers.*.self_attn.v_proj.weight", 0),
+    "layers.*.attention.wo.weight": ("model.layers.*.self_attn.o_proj.weight", 1),
+    "layers.*.feed_forward.w1.weight": ("model.layers.*.mlp.gate_proj.weight", 0),
+    "layers.*.feed_forward.w2.weight": ("model.layers.*.mlp.down_proj.weight", 1),
+    "layers.*.feed_forward.w3.weight": ("model.layers.*.mlp.up_proj.weight", 0),
+    "layers.*.attention_norm.weight": ("model.layers.*.input_layernorm.weight", None),
+    "layers.*.ffn_norm.weight": ("model.layers.*.post_attention_layernorm.weight", None),
+    "norm.weight": ("model.norm.weight", None),
+    "output.weight": ("lm_head.weight", 0),
+}
+
+
+def layout(name: str) -> tuple[str, int | None]:
+    "Hugging Face's name of a parameter of Llama, and the dimension that Meta's files divide."
+    layer = re.match(r"layers\.(\d+)\.", name)
+    row = NAMES.get(f"layers.*.{name[layer.end() :]}" if layer else name)
+    if row is None:
+        raise ValueError(f"{name} is not a parameter of Llama")
+    return row[0].replace("*", layer[1] if layer else ""), row[1]
+
+
+def _part(name: str, shape: torch.Size, file: int, files: int) -> tuple[slice, ...]:
+    "The part of a parameter that one of Meta's files holds."
+    index, dim = [slice(None)] * len(shape), layout(name)[1]
+    if dim is not None:
+        size = shape[dim] // files
+        index[dim] = slice(file * size, (file + 1) * size)
+    return tuple(index)
+
+
+def _meta_model(config: ModelConfig) -> Llama:
+    "The model without memory: names and shapes."
+    with torch.device("meta"):
+        return Llama(config)
+
+
+# %%
+assert layout("layers.11.attention.wk.weight") == ("model.layers.11.self_attn.k_proj.weight", 0)
+assert {re.sub(r"\.\d+\.", ".*.", name) for name in Llama(LLAMA2["debug"]).state_dict()} == NAMES.keys()
+
+# %% [markdown]
+# ### The shape of the model
+#
+# Both layouts describe the model in JSON. A field that asks for something Llama 2 is not (biases, scaled rotations,
+# quantised weights) stops the load: the model would run without it, and be wrong.
+#
+# > Ours: a model whose output matrix is tied to its embedding is read by copying the embedding. The logits are right;
+# > in training the two go their own ways.
+
+
+# %%
+#| export checkpoint
+_HF_FIELDS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+_HF_CONSTANTS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def _number(fields: dict, name: str, kind: type, default=None):
+    "A number of a JSON file; the default, if there is one, where it is absent or null."
+    value = default if fields.get(name) is None else fields[name]
+    if value is None:
+        raise ValueError(f"the field '{name}' is missing")
+    if isinstance(value, bool) or not isinstance(value, int | kind):
+        raise ValueError(f"{name} = {value!r}, expected {'an integer' if kind is int else 'a number'}")
+    return value
+
+
+def _model_config(fields: dict, names: dict[str, str]) -> ModelConfig:
+    "ModelConfig from JSON; `names`: ours → the file's. Absent: as many key/value heads as heads, and θ = 10,000."
+    defaults = {"n_kv_heads": fields.get(names["n_heads"]), "rope_theta": 10_000.0}
+    kinds = {name: type(value) for name, value in vars(ModelConfig()).items()}
+    return ModelConfig(**{our: _number(fields, name, kinds[our], defaults.get(our)) for our, name in names.items()})
+
+
+def config_from_hf(fields: dict) -> ModelConfig:
+    "The shape in a Hugging Face config.json. ValueError, naming the field, for what Llama 2 does not have."
+    for name, only in (_HF_CONSTANTS | {"quantization_config": None}).items():
+        value = fields.get(name)
+        if value != only and (value is not None or name == "model_type"):
+            raise ValueError(f"{name} = {value!r} is not Llama 2's; expected {only!r}")
+    for name in ("rope_scaling", "rope_parameters"):  # transformers 4, 5
+        rope = dict(fields.get(name) or {})
+        fields = fields | {"rope_theta": rope.pop("rope_theta", fields.get("rope_theta"))}
+        if any(value not in ("default", None, 1.0) for value in rope.values()):
+            raise ValueError(f"{name} = {fields[name]!r} changes the rotation; expected type 'default'")
+    config = _model_config(fields, _HF_FIELDS)
+    if fields.get("head_dim") not in (None, config.head_dim):
+        raise ValueError(f"head_dim = {fields['head_dim']!r}, expected {config.head_dim} (hidden_size / heads)")
+    return config
+
+
+def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int = 1, eos_id: int = 2) -> dict:
+    "The fields of a config.json; the rotation's base twice, since transformers 4 and 5 look in different places."
+    fields = {"architectures": ["LlamaForCausalLM"], "torch_dtype": str(dtype).removeprefix("torch.")} | _HF_CONSTANTS
+    fields |= {name: getattr(config, our) for our, name in _HF_FIELDS.items()} | {"head_dim": config.head_dim}
+    fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    return fields | {"tie_word_embeddings": False, "bos_token_id": bos_id, "eos_token_id": eos_id}
+
+
+# %%
+for shape in LLAMA2.values():
+    assert config_from_hf(config_to_hf(shape, torch.float16)) == shape
+
+# %% [markdown]
+# Meta's file is shorter, and leaves three things out. The width of the feed-forward layer follows from the rule above;
+# a width that the released settings do not reach is written with a multiplier that does. The vocabulary of the released
+# files is −1: it came from the tokenizer, and we take it from the embedding. The context length was an argument of the
+# program.
+#
+# > Ours: a Meta folder is read with a context of 4,096, Llama 2's, whatever the model was trained with.
+
+
+# %%
+#| export checkpoint
+def width_rule(dim: int, hidden_dim: int) -> tuple[int, float | None]:
+    "(multiple_of, ffn_dim_multiplier) from which `swiglu_width` computes `hidden_dim`; the released ones if they do."
+    for multiple_of, multiplier in ((256, None), (4096, 1.3)):
+        if swiglu_width(dim, multiple_of, multiplier or 1.0) == hidden_dim:
+            return multiple_of, multiplier
+    return 1, (hidden_dim + 0.5) / int(2 * 4 * dim / 3)  # the half keeps clear of the rounding to an integer
+
+
+def config_from_meta(params: dict, vocab_size: int) -> ModelConfig:
+    "The shape in Meta's params.json; `vocab_size`: rows of the embedding, for files that say -1."
+    known = {*vars(ModelConfig()), "multiple_of", "ffn_dim_multiplier", "max_batch_size"} - {"hidden_dim"}
+    if strange := [name for name in params if name not in known and params[name]]:
+        raise ValueError(f"{strange[0]} = {params[strange[0]]!r} is not Llama 2's; expected {', '.join(sorted(known))}")
+    dim, multiple_of = _number(params, "dim", int), _number(params, "multiple_of", int, 256)
+    if multiple_of < 1:
+        raise ValueError(f"multiple_of = {multiple_of}, expected at least 1")
+    fields = {"max_seq_len": 4096, "norm_eps": 1e-5} | {name: v for name, v in params.items() if v is not None}
+    fields["hidden_dim"] = swiglu_width(dim, multiple_of, _number(params, "ffn_dim_multiplier", float, 1.0))
+    if params.get("vocab_size") in (None, -1):
+        fields["vocab_size"] = vocab_size
+    return _model_config(fields, {name: name for name in vars(ModelConfig())})
+
+
+def config_to_meta(config: ModelConfig) -> dict:
+    "The fields of a params.json, without the context length: Meta's programs take it as an argument."
+    multiple_of, multiplier = width_rule(config.dim, config.hidden_dim)
+    fields = vars(config) | {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
+    fields |= {"hidden_dim": None, "max_seq_len": None}
+    fields |= {"rope_theta": None if config.rope_theta == 10_000 else config.rope_theta}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+# %%
+for name in ("7B", "34B", "70B", "debug"):
+    print(f"{name:6}", config_to_meta(LLAMA2[name]))
+released = {"dim": 8192, "multiple_of": 4096, "ffn_dim_multiplier": 1.3, "n_heads": 64, "n_kv_heads": 8, "n_layers": 80}
+assert config_from_meta(released | {"norm_eps": 1e-05, "vocab_size": -1}, vocab_size=32_000) == LLAMA2["70B"]
+for width in range(1, 3000):
+    multiple_of, multiplier = width_rule(52, width)
+    assert swiglu_width(52, multiple_of, multiplier or 1.0) == width
+
+# %% [markdown]
+# ### Opening files
+#
+# Files are memory-mapped: opening one reads its table of contents, and a tensor's bytes come from disk when they are
+# copied. Before anything is copied, every name and shape of every file is compared with the model's.
+#
+# A `.pth` file is a pickle, and a pickle can run code. PyTorch's `weights_only` reader accepts nothing but tensors.
+
+
+# %%
+#| export checkpoint
+@contextmanager
+def _naming(file: Path):
+    "Put the file's name in front of what is wrong with it."
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated, or not a safetensors file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _read_json(file: Path) -> dict:
+    with _naming(file):
+        fields = json.loads(file.read_text("utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError("expected a JSON object")
+        return fields
+
+
+def _open_safetensors(file: Path):
+    with _naming(file):
+        return safe_open(file, framework="pt")
+
+
+def _open_pth(file: Path) -> dict[str, Tensor]:
+    with _naming(file):
+        try:
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # a damaged pickle fails in many ways
+            if code := re.search(r"GLOBAL (\S+)", str(error)):
+                raise ValueError(f"holds {code[1]}, and loading that could run code; expected only tensors") from None
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+            raise ValueError(f"truncated, damaged, or not written by torch.save ({reason})") from None
+        for name, tensor in tensors.items() if isinstance(tensors, dict) else [("its content", tensors)]:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"expected a dictionary of tensors, but {name} is a {type(tensor).__name__}")
+        tensors.pop("rope.freqs", None)  # the rotation's frequencies, which we compute
+        return tensors
+
+
+def _check(where, found: dict[str, Tensor], expected: dict[str, Tensor]):
+    "ValueError unless the names are the expected ones, with the expected shapes, and hold floating-point numbers."
+    for problem, names in ("lacks", expected.keys() - found.keys()), ("holds unknown", found.keys() - expected.keys()):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{where} {problem} {', '.join(sorted(names)[:3])}{more}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{where}: {name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}")
+        if not found[name].is_floating_point():
+            raise ValueError(f"{where}: {name} holds {found[name].dtype}, expected floating-point numbers")
+
+
+# %% [markdown]
+# ### Reading
+#
+# Both readers end in the same thing: the shape, the number format, and a stream of pieces. A piece is a parameter's
+# name, the part of it that it fills, and a tensor. One process copies the pieces into its model; a process that keeps
+# only a slice of each parameter can copy, and read from disk, only that.
+
+
+# %%
+#| export checkpoint
+_Piece = tuple[str, tuple[slice, ...], Tensor]
+
+
+def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
+    fields = _read_json(folder / "config.json")
+    with _naming(folder / "config.json"):
+        config = config_from_hf(fields)
+    files = [folder / "model.safetensors"]
+    if not files[0].exists():
+        index = folder / "model.safetensors.index.json"
+        places = _read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"{index}: expected a weight_map from tensors to files")
+        files = [folder / name for name in sorted(set(places.values()))]
+    parameters = dict(_meta_model(config).named_parameters())
+    targets = {layout(name)[0]: [name] for name in parameters}
+
+    def tensors():
+        for file in files:
+            with _open_safetensors(file) as opened:
+                for key in opened.keys():
+                    if not key.endswith("rotary_emb.inv_freq"):
+                        yield key, opened.get_tensor(key)
+
+    found = {key: tensor.to("meta") for key, tensor in tensors()}
+    if fields.get("tie_word_embeddings") and "lm_head.weight" not in found:
+        targets["model.embed_tokens.weight"] += targets.pop("lm_head.weight")
+    _check(folder, found, {key: parameters[names[0]] for key, names in targets.items()})
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+
+    def pieces():
+        for key, tensor in tensors():
+            if (matrix := key.split(".")[-2]) in heads:
+                tensor = halves_to_interleaved(tensor, heads[matrix])
+            for name in targets[key]:
+                yield name, (slice(None),) * tensor.ndim, tensor
+
+    return config, found["model.embed_tokens.weight"].dtype, pieces()
+
+
+# %% [markdown]
+# Meta's files come as many as the model had GPUs. How many there must be follows from the first: the rows of its `wq`
+# against the model's width.
+
+
+# %%
+#| export checkpoint
+def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
+    files, params = sorted(folder.glob("consolidated.*.pth")), _read_json(folder / "params.json")
+    first, embedding = _open_pth(files[0]), "tok_embeddings.weight"
+    wq, w1 = "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight"
+    if lacking := {embedding, wq, w1} - first.keys():
+        raise ValueError(f"{files[0]} lacks {', '.join(sorted(lacking))}")
+    with _naming(folder / "params.json"):
+        config = config_from_meta(params, len(first[embedding]))
+    count, rest = divmod(config.dim, len(first[wq]))
+    if rest or not count:
+        raise ValueError(f"{files[0]}: {wq} has {len(first[wq])} rows, expected {config.dim} or a fraction of it")
+    names = [f"consolidated.{i:02d}.pth" for i in range(count)]
+    if wrong := sorted({*names} ^ {file.name for file in files}):
+        problem = "is missing" if wrong[0] in names else "should not be there"
+        raise FileNotFoundError(f"{folder / wrong[0]} {problem}: {files[0].name} holds 1/{count} of each matrix")
+    if config.hidden_dim != len(first[w1]) * count:
+        rule = {name: params.get(name) for name in ("dim", "multiple_of", "ffn_dim_multiplier")}
+        stored = f"{w1} has {len(first[w1]) * count}"
+        raise ValueError(f"{folder / 'params.json'}: {rule} give a width of {config.hidden_dim}, but {stored}")
+    model = dict(_meta_model(config).named_parameters())
+    for i, file in enumerate(files):
+        _check(file, _open_pth(file), {name: p[_part(name, p.shape, i, count)] for name, p in model.items()})
+
+    def pieces():
+        for i, file in enumerate(files):
+            tensors = _open_pth(file)
+            for name, p in model.items():
+                if i == 0 or layout(name)[1] is not None:  # the norms are the same in every file
+                    yield name, _part(name, p.shape, i, count), tensors[name]
+            del tensors  # unmaps this file before the next one is read
+
+    return config, first[embedding].dtype, pieces()
+
+
+# %%
+#| export checkpoint
+def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
+    """Shape, number format and pieces of a checkpoint, checked to be complete, in Meta's names and pair order.
+
+    A piece is (parameter, index, tensor): the tensor belongs in `parameter[index]`. Tensors are views of mapped files:
+    copy what you keep. ValueError or FileNotFoundError names the file, tensor or field that is wrong.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        previous = folder.with_name(f".{folder.name}.previous")
+        hint = f"; an interrupted save left the one before in {previous}" if previous.is_dir() else ""
+        raise FileNotFoundError(f"{folder}: no such folder{hint}")
+    if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return _read_hf(folder)
+    if any(folder.glob("consolidated.*.pth")):
+        return _read_meta(folder)
+    if pickles := sorted(folder.glob("pytorch_model*.bin")):
+        convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        raise ValueError(f"{pickles[0]}: expected safetensors; convert the folder with transformers: {convert}")
+    raise FileNotFoundError(
+        f"{folder}: no checkpoint; expected config.json with model.safetensors (or model.safetensors.index.json and "
+        "the files it names), or params.json with consolidated.00.pth …"
+    )
+
+
+# %% [markdown]
+# ### Loading
+#
+# The model is built without memory, gets it once, uninitialised, and the pieces are copied in. At any time there is
+# the model, and the one file that is being read. The parameters own their memory, so training never writes to, or
+# waits for, a file.
+
+
+# %%
+#| export checkpoint
+def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llama:
+    """The model in a Hugging Face or Meta folder, whichever it is.
+
+    `device`: PyTorch's default device if None. `dtype`: as stored if None. Errors: see `read_tensors`.
+    """
+    config, stored, pieces = read_tensors(path)
+    model = (
+        _meta_model(config)
+        .to(dtype or stored)
+        .to_empty(device=torch.get_default_device() if device is None else device)
+    )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, index, tensor in pieces:
+            parameters[name][index].copy_(tensor)
+    return model
+
+
+# %% [markdown]
+# ### Saving
+#
+# A save that is killed half-way must leave neither a folder that looks whole, nor a hole where the last good one was.
+# So files go to a folder of another name, with the description of the model last; they are flushed to disk; and only
+# then two renames put the new folder in the place of the old one. A folder that holds anything else is left alone.
+
+
+# %%
+#| export checkpoint
+def _flush(path: Path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def _replacing(path, ours: str):
+    "An empty folder to write to; after the block it takes the place of `path`, whose files must match `ours`."
+    path = Path(path).expanduser().resolve()
+    partial, previous = (path.with_name(f".{path.name}.{end}") for end in ("partial", "previous"))
+    if path.exists():
+        others = sorted(f.name for f in path.iterdir() if not re.fullmatch(ours, f.name)) if path.is_dir() else [path]
+        if others:
+            raise FileExistsError(f"{path} holds {others[0]}, which is not ours to replace: save to a new folder")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in (*partial.iterdir(), partial):
+            _flush(file)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        path.rename(previous)
+    partial.rename(path)
+    _flush(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _write_json(file: Path, fields: dict):
+    file.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+
+
+def _pieces_of(tokenizer, config: ModelConfig) -> SentencePieceProcessor:
+    "The SentencePiece model at tokenizer.path. ValueError if the vocabulary is not the model's."
+    pieces = SentencePieceProcessor(model_file=str(tokenizer.path))
+    if pieces.vocab_size() != config.vocab_size:
+        expected = f"the model's vocab_size is {config.vocab_size}"
+        raise ValueError(f"{tokenizer.path} has {pieces.vocab_size()} pieces, but {expected}")
+    return pieces
+
+
+# %% [markdown]
+# The tokenizer travels with the weights. SentencePiece stores pieces and scores; Hugging Face's `tokenizers` wants the
+# same as a list of merges, best score first, and then needs no SentencePiece at all.
+
+
+# %%
+#| export checkpoint
+def _tokenizer_json(pieces: SentencePieceProcessor) -> dict:
+    "A SentencePiece BPE model in the format of Hugging Face's tokenizers, with BOS put in front of a text."
+    names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
+    special = [i for i in range(len(names)) if pieces.is_control(i) or pieces.is_unknown(i)]
+    vocab, merges = {name: i for i, name in enumerate(names)}, []
+    for i, name in enumerate(names):
+        if i not in special and not pieces.is_byte(i):
+            splits = [(name[:cut], name[cut:]) for cut in range(1, len(name))]
+            splits = [(left, right) for left, right in splits if left in vocab and right in vocab]
+            merges += [(-pieces.get_score(i), vocab[left], vocab[right], (left, right)) for left, right in splits]
+    bos = names[pieces.bos_id()]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    start, a, b = {"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": x, "type_id": 0}} for x in "AB")
+    spaces = [{"type": "Replace", "pattern": {"String": x}, "content": y} for x, y in (" ▁", "▁ ")]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    template = {"single": [start, a], "pair": [start, a, start, b]}
+    template |= {"special_tokens": {bos: {"id": bos, "ids": [pieces.bos_id()], "tokens": [bos]}}}
+    model = {"type": "BPE", "unk_token": names[pieces.unk_id()], "fuse_unk": True, "byte_fallback": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": names[i]} | plain for i in special],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces[0]]},
+        "post_processor": {"type": "TemplateProcessing"} | template,
+        "decoder": {"type": "Sequence", "decoders": [spaces[1], {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
+        "model": model | {"vocab": vocab, "merges": [pair for *_, pair in sorted(merges)]},
+    }
+
+
+# %%
+#| export checkpoint
+def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000_000_000):
+    """Write a Hugging Face folder, replacing the one that is there, never leaving a broken one.
+
+    `tokenizer`: anything with the `path` of a SentencePiece BPE file. Weights that take more than `shard_bytes` go to
+    several files; each is prepared in memory before it is written.
+    """
+    config, dtype = model.config, model.tok_embeddings.weight.dtype
+    pieces = None if tokenizer is None else _pieces_of(tokenizer, config)
+    groups, size = [{}], 0
+    for name, p in model.named_parameters():
+        if size and size + p.nbytes > shard_bytes:
+            groups, size = [*groups, {}], 0
+        groups[-1][layout(name)[0]], size = p.detach(), size + p.nbytes
+    heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
+    ours = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config\.json|\.json|\.model)"
+    with _replacing(path, ours) as folder:
+        places = {}
+        for i, group in enumerate(groups, 1):
+            file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+            tensors = {key: p.cpu().contiguous() for key, p in group.items()}
+            for key in tensors:
+                if (matrix := key.split(".")[-2]) in heads:
+                    tensors[key] = interleaved_to_halves(tensors[key], heads[matrix]).contiguous()
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(group, file)
+        if len(groups) > 1:
+            total = {"total_size": sum(p.nbytes for p in model.parameters())}
+            _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": places})
+        ids = {} if pieces is None else {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
+        if pieces is not None:
+            fields = {f"{name}_token": pieces.id_to_piece(i) for name, i in ids.items()}
+            fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            _write_json(folder / "tokenizer_config.json", fields)
+            _write_json(folder / "tokenizer.json", _tokenizer_json(pieces))
+            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        _write_json(folder / "config.json", config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2)))
+
+
+# %% [markdown]
+# Meta's layout, in as many files as wanted, as long as every file gets whole heads.
+
+
+# %%
+#| export checkpoint
+def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
+    """Write Meta's layout, divided for model parallelism into `shards` files; replaces as `save_checkpoint` does.
+
+    ValueError if heads, key/value heads, widths or vocabulary do not divide. The format has no context length.
+    """
+    config = model.config
+    for name in ("n_heads", "n_kv_heads", "dim", "hidden_dim", "vocab_size"):
+        if shards < 1 or getattr(config, name) % shards:
+            raise ValueError(f"{name} = {getattr(config, name)} cannot be divided among {shards} shards")
+    if tokenizer is not None:
+        _pieces_of(tokenizer, config)
+    with _replacing(path, r"params\.json|consolidated\.\d\d\.pth|tokenizer\.model") as folder:
+        for i in range(shards):
+            parts = {name: p.detach()[_part(name, p.shape, i, shards)] for name, p in model.named_parameters()}
+            if shards > 1:  # a slice would be stored with all of its matrix
+                parts = {name: part.clone() for name, part in parts.items()}
+            torch.save({name: part.cpu() for name, part in parts.items()}, folder / f"consolidated.{i:02d}.pth")
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        _write_json(folder / "params.json", config_to_meta(config))
+
+
+# %% [markdown]
+# Once around: a small model with grouped queries to Meta's layout in two files, from there to Hugging Face's in
+# several, and back. The logits do not move.
+
+# %%
+from llama2lib.checkpoint import load_checkpoint, save_checkpoint, save_meta
+
+torch.manual_seed(0)
+model, tokens = Llama(LLAMA2["debug"]), torch.randint(512, (2, 24))
+with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    save_meta(model, f"{folder}/meta", shards=2)
+    save_checkpoint(load_checkpoint(f"{folder}/meta"), f"{folder}/hf", shard_bytes=200_000)
+    print(*sorted(str(f.relative_to(folder)) for f in Path(folder).rglob("*.*")), sep="\n")
+    again = load_checkpoint(f"{folder}/hf", dtype=torch.float32)
+    assert torch.equal(again(tokens), model(tokens))
+
+# %% [markdown]
+# A round trip would not notice a mistake made in both directions. `transformers` is an independent reader: it opens
+# our folder, rotates halves, and gets our logits.
+
+# %%
+try:
+    from transformers import AutoModelForCausalLM, logging
+except ImportError:
+    print("skipped: pip install 'llama2lib[hub]' for the comparison with transformers")
+else:
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        save_checkpoint(model, folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    print(f"largest difference between the logits: {(theirs - model(tokens)).abs().max():.0e}")
+    assert torch.allclose(theirs, model(tokens), atol=1e-4)
 
 # %% [markdown]
 # ## Generation

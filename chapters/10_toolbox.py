@@ -4,9 +4,9 @@
 # > The paper's numbers as data, a ledger of verdicts, intervals, a cache, a launcher, one style for figures: what every
 # > other chapter leans on.
 #
-# Nothing here is a language model. `paper` states what was printed, `ledger` sets our measurement beside it and computes
-# the verdict, `plots` draws both so that nobody mixes them up. `recipes` keeps what was trained, `stats` says how sure
-# we are, and `launch` starts several processes from a cell.
+# Nothing here is a language model. `paper` states what was printed, `ledger` sets our measurement beside it and
+# computes the verdict, `plots` draws both so that nobody mixes them up. `recipes` keeps what was trained, `stats` says
+# how sure we are, and `launch` starts several processes from a cell.
 
 # %% [markdown]
 # ## The paper's numbers, once

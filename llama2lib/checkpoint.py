@@ -1,4 +1,4 @@
-"""Generated from chapters/91_checkpoint.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/01_architecture.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "interleaved_to_halves",
@@ -17,7 +17,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/91_checkpoint.py · Checkpoints
+# ---------- chapters/01_architecture.py · Checkpoints
 
 import json
 import os
@@ -38,7 +38,7 @@ from torch import Tensor
 from llama2lib.model import Llama, ModelConfig, swiglu_width
 
 
-# ---------- chapters/91_checkpoint.py · The order of the rotary pairs
+# ---------- chapters/01_architecture.py · The order of the rotary pairs
 
 def interleaved_to_halves(weight: Float[Tensor, "N*H D"], n_heads: int) -> Float[Tensor, "N*H D"]:
     "Reorder the rows of wq (n_heads) or wk (n_kv_heads) from Meta's pairs to Hugging Face's."
@@ -50,7 +50,7 @@ def halves_to_interleaved(weight: Float[Tensor, "N*H D"], n_heads: int) -> Float
     return rearrange(weight, "(n two pair) d -> (n pair two) d", n=n_heads, two=2)
 
 
-# ---------- chapters/91_checkpoint.py · Names
+# ---------- chapters/01_architecture.py · Names
 
 NAMES = {  # Meta: (Hugging Face, dimension that several files divide; None: every file holds a copy)
     "tok_embeddings.weight": ("model.embed_tokens.weight", 1),
@@ -92,7 +92,7 @@ def _meta_model(config: ModelConfig) -> Llama:
         return Llama(config)
 
 
-# ---------- chapters/91_checkpoint.py · The shape of the model
+# ---------- chapters/01_architecture.py · The shape of the model
 
 _HF_FIELDS = {
     "dim": "hidden_size",
@@ -181,7 +181,7 @@ def config_to_meta(config: ModelConfig) -> dict:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-# ---------- chapters/91_checkpoint.py · Opening files
+# ---------- chapters/01_architecture.py · Opening files
 
 @contextmanager
 def _naming(file: Path):
@@ -238,7 +238,7 @@ def _check(where, found: dict[str, Tensor], expected: dict[str, Tensor]):
             raise ValueError(f"{where}: {name} holds {found[name].dtype}, expected floating-point numbers")
 
 
-# ---------- chapters/91_checkpoint.py · Reading
+# ---------- chapters/01_architecture.py · Reading
 
 _Piece = tuple[str, tuple[slice, ...], Tensor]
 
@@ -336,7 +336,7 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     )
 
 
-# ---------- chapters/91_checkpoint.py · Loading
+# ---------- chapters/01_architecture.py · Loading
 
 def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llama:
     """The model in a Hugging Face or Meta folder, whichever it is.
@@ -356,7 +356,7 @@ def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llam
     return model
 
 
-# ---------- chapters/91_checkpoint.py · Saving
+# ---------- chapters/01_architecture.py · Saving
 
 def _flush(path: Path):
     handle = os.open(path, os.O_RDONLY)
