@@ -501,16 +501,30 @@ for name in ("7B", "13B", "34B", "70B"):
 
 # %%
 RELEASED = {"7B": 6_738_415_616, "13B": 13_015_864_320, "70B": 68_976_648_192}
-for name, released in RELEASED.items():
-    ledger.record(
-        "Table 1", f"{name}: parameters of the released weights", "= paper", released, counts[name],
-        evidence="chapters/01_architecture.py::counts[name]",
-    )  # fmt: skip
+HERE = "chapters/01_architecture.py::counts[name]"
 for name, count in counts.items():
+    size, row = int(name[:-1]), paper.PAPER["Table 1"][f"Llama 2 {name}"]
+    if name in RELEASED:
+        ledger.record(
+            "Table 1", f"{name}: parameters of the released weights", "= paper", RELEASED[name], count, evidence=HERE
+        )
+    shape = " of CodeLlama's shape" if name == "34B" else ""
+    claim = f"{name}: the name is the count{shape} in billions, within 5 %"
+    ledger.record("Table 1", claim, f"= paper ± {0.05 * size:.2f}", size, count / 1e9, evidence=HERE)
+    context, groups = LLAMA2[name].max_seq_len / 1024, int(LLAMA2[name].n_kv_heads < LLAMA2[name].n_heads)
     ledger.record(
-        "Table 1", f"{name}: the name is the count in billions, within 5 %", f"= paper ± {0.05 * int(name[:-1]):.2f}",
-        int(name[:-1]), count / 1e9, evidence="chapters/01_architecture.py::counts[name]",
-    )  # fmt: skip
+        "Table 1",
+        f"{name}: context (k)",
+        "preset",
+        row["context_k"],
+        context,
+        evidence="llama2lib/model.py::max_seq_len",
+    )
+    ledger.record(
+        "Table 1", f"{name}: grouped queries", "preset", row["gqa"], groups, evidence="llama2lib/model.py::n_kv_heads"
+    )
+vocabulary = paper.TEXT["Section 2.2"]["vocab_size"], LLAMA2["7B"].vocab_size
+ledger.record("Section 2.2", "vocabulary", "preset", *vocabulary, evidence="llama2lib/model.py::vocab_size")
 
 # %% [markdown]
 # A token passes every matrix once forward, and twice as much work goes backward. With two operations for each
@@ -1539,6 +1553,10 @@ class Tokenizer:
                 raise ValueError(f"ids[{place}] is {token}: the vocabulary has ids 0 to {self.vocab_size - 1}")
         return self._model.decode(list(ids))
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        "The vocabulary's spelling of token ids, with `▁` for a space: for people to look at."
+        return [self._model.id_to_piece(token) for token in ids]
+
 
 # %%
 #| export tokenizer
@@ -1591,8 +1609,7 @@ from llama2lib.tokenizer import Tokenizer, train_tokenizer
 folder = tempfile.TemporaryDirectory()
 tokenizer = train_tokenizer(topics.values(), 1024, Path(folder.name) / "tokenizer.model")
 for text in ("The yield statement returns 1024.", "naïve 🦙", "</s>"):
-    pieces = [tokenizer._model.id_to_piece(i) for i in tokenizer.encode(text, bos=True)]
-    print(f"{text!r:36} {' '.join(pieces)}")
+    print(f"{text!r:36} {' '.join(tokenizer.pieces(tokenizer.encode(text, bos=True)))}")
 
 # %%
 for text in (
@@ -1606,6 +1623,6 @@ for text in (
 ):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and not {0, 1, 2} & set(ids)
-digits = [tokenizer._model.id_to_piece(i) for i in tokenizer.encode("31415")]
+digits = tokenizer.pieces(tokenizer.encode("31415"))
 assert "".join(digits).lstrip("\u2581") == "31415" and all(len(piece.lstrip("\u2581")) <= 1 for piece in digits)
 assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 2, -1, 1024)

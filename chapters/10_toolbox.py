@@ -1641,7 +1641,7 @@ def _pack(value, tensors: dict[str, torch.Tensor], where: str):
         return {kind: str(len(tensors) - 1)}
     if type(value) in (list, tuple):
         return [_pack(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]
-    if type(value) is dict:
+    if isinstance(value, dict):
         for key in value:
             if type(key) is not str or key in ("__tensor__", "__array__"):
                 raise ValueError(f"{where}: the key {key!r} cannot be stored; keys are strings")
@@ -1715,7 +1715,7 @@ def _unfolded(value):
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: _unfolded(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return [type(value).__qualname__, fields]
-    if type(value) is dict:
+    if isinstance(value, dict):
         return [[str(key), _unfolded(item)] for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))]
     if type(value) in (list, tuple):
         return [_unfolded(item) for item in value]

@@ -56,7 +56,7 @@ PRETRAIN = {
     "13B": PretrainConfig(),
     "34B": PretrainConfig(lr=1.5e-4),
     "70B": PretrainConfig(lr=1.5e-4),
-    "book-1M": PretrainConfig(lr=3e-3, warmup_steps=40, batch_tokens=4096, tokens=1_600_000, max_seq_len=256),
+    "book-1M": PretrainConfig(lr=3e-3, warmup_steps=40, batch_tokens=2048, tokens=1_500_000, max_seq_len=256),
 }
 
 

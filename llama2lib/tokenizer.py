@@ -61,6 +61,10 @@ class Tokenizer:
                 raise ValueError(f"ids[{place}] is {token}: the vocabulary has ids 0 to {self.vocab_size - 1}")
         return self._model.decode(list(ids))
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        "The vocabulary's spelling of token ids, with `▁` for a space: for people to look at."
+        return [self._model.id_to_piece(token) for token in ids]
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
     """Train a BPE vocabulary on texts, write it to `path`, and load it. The settings are those of Meta's own file.
 
