@@ -78,7 +78,7 @@ print({name: len(documents) for name, documents in held_out.items()}, "documents
 folder = cache_folder() / "tour"
 tokenizer = train_tokenizer(islice(mixture(), 300 if smoke else 1500), 2048, folder / "tokenizer.model")
 for text in ("What is your favorite movie?", "def area(r): return 3.14 * r ** 2"):
-    print("|".join(tokenizer.decode([1, i]) for i in tokenizer.encode(text)))
+    print(*tokenizer.pieces(tokenizer.encode(text)))
 pieces = sum(len(tokenizer.encode(text)) for text in islice(mixture(), 100))
 print(f"{sum(map(len, islice(mixture(), 100))) / pieces:.2f} characters per piece")
 
@@ -95,7 +95,7 @@ print(f"{config.num_params:,} parameters: {asdict(config)}")
 # %% [markdown]
 # ## 4. Pretraining
 #
-# The paper's recipe (AdamW, warm-up, cosine to a tenth, weight decay 0.1, clipping), in steps of 4,096 tokens instead
+# The paper's recipe (AdamW, warm-up, cosine to a tenth, weight decay 0.1, clipping), in steps of 2,048 tokens instead
 # of four million. About three minutes on two cores the first time; after that the result comes from the cache.
 
 # %%
@@ -104,7 +104,7 @@ if smoke:
     recipe = replace(recipe, tokens=40 * 512, batch_tokens=512, max_seq_len=64, warmup_steps=4)
 stream = token_stream(tokenizer, mixture(), recipe.tokens + 1)
 probes = {name: token_stream(tokenizer, documents, 20_000) for name, documents in held_out.items()}
-print(f"{len(stream):,} tokens, {recipe.steps} steps, 1 pass")
+print(f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens; {recipe.tokens:,} tokens in all")
 
 
 def train_base() -> dict:
@@ -115,7 +115,7 @@ def train_base() -> dict:
     bar = tqdm(pretrain(model, stream, recipe), total=recipe.steps, unit="step", desc="pretraining")
     for step in bar:
         loss.append(step.loss)
-        bar.set_postfix(loss=f"{step.loss:.2f}", tokens=f"{step.tokens:,}")
+        bar.set_postfix(loss=f"{step.loss:.2f}", tokens=f"{step.tokens:,}", refresh=False)
         if step.step % max(1, recipe.steps // 12) == 0 or step.step == recipe.steps - 1:
             for name, probe in probes.items():
                 measured[name].append([step.tokens, held_out_loss(model, probe, recipe.max_seq_len, max_rows=32)])

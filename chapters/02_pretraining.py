@@ -179,10 +179,16 @@ class Source:
         return hashlib.sha256("\0".join(self.documents).encode("utf-8", "replace")).hexdigest()
 
     def split(self) -> tuple[list[str], list[str]]:
-        "Documents for training, and one in twenty, by their digest, that are held out."
+        "Documents for training, and about one in twenty (at least one) held out; ValueError if there is only one."
+        digests = [hashlib.sha256(document.encode("utf-8", "replace")).digest() for document in self.documents]
+        limit = max(min(digests, default=b""), bytes([256 // 20]))
         parts: tuple[list[str], list[str]] = [], []
-        for document in self.documents:
-            parts[hashlib.sha256(document.encode("utf-8", "replace")).digest()[0] < 256 / 20].append(document)
+        for document, digest in zip(self.documents, digests, strict=True):
+            parts[digest <= limit].append(document)
+        if not parts[0]:
+            raise ValueError(
+                f"{len(self.documents)} documents, all the same: expected two to train on one and test on one"
+            )
         return parts
 
 

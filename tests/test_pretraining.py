@@ -46,6 +46,17 @@ def test_held_out_documents_are_never_trained_on(sources):
         assert sorted(train + held_out) == sorted(source.documents)
 
 
+@pytest.mark.parametrize("documents", [("a", "b"), ("a", "b", "a"), tuple("abcdefgh")])
+def test_a_small_source_holds_out_at_least_one_text_with_its_copies(documents):
+    train, held_out = Source(documents).split()
+    assert train and held_out and not set(train) & set(held_out)
+
+
+def test_a_single_text_cannot_be_split():
+    with pytest.raises(ValueError, match="expected two"):
+        Source(("a", "a")).split()
+
+
 def test_the_digest_tells_texts_apart():
     assert Source(("ab", "c")).digest != Source(("a", "bc")).digest
     assert Source(("ab", "c")).digest == Source(("ab", "c"), upsampling=3).digest

@@ -162,6 +162,13 @@ def from_box():
 sys.modules["test_recipes_box"] = box  # looked up at run time, out of the cache's sight
 
 
+def test_a_state_dict_comes_back_as_a_dict():
+    weights = torch.nn.Linear(2, 3).state_dict()
+    assert type(weights) is not dict
+    result = cached("weights", {}, ValueOf({"weights": weights}))["weights"]
+    assert list(result) == list(weights) and all(torch.equal(result[name], weights[name]) for name in weights)
+
+
 def test_nan_is_kept():
     for _ in range(2):
         assert math.isnan(cached("nan", {}, ValueOf({"loss": float("nan")}))["loss"])
