@@ -31,6 +31,7 @@ from llama2lib.pretrain import PRETRAIN, held_out_loss, pretrain
 from llama2lib.recipes import cache_folder, cached, scale
 from llama2lib.tokenizer import train_tokenizer
 
+plt.rcParams.update(plots.STYLE)
 smoke = scale() == "smoke"
 
 # %% [markdown]
@@ -125,28 +126,30 @@ def train_base() -> dict:
 inputs = {"config": asdict(config), "recipe": asdict(recipe), "text": {n: s.digest for n, s in sources.items()}}
 base = cached("tour-base", inputs, train_base)
 model = Llama(config)
-model.load_state_dict(base["weights"])
+_ = model.load_state_dict(base["weights"])
 
 # %% [markdown]
 # Loss is in nats per token: how surprised the model is by the next piece, on average. Guessing evenly among 2,048
 # pieces costs 7.6.
 
 # %%
-fig, ax = plt.subplots(layout="constrained")
+fig, ax = plt.subplots()
 tokens = recipe.batch_rows * recipe.max_seq_len * np.arange(1, len(base["loss"]) + 1)
 ax.plot(tokens / 1e6, base["loss"], color="0.8", label="training, every step")
 for name, points in base["held_out"].items():
     seen, loss = np.array(points).T
     ax.plot(seen / 1e6, loss, marker=".", label=f"{name}, held out")
 ax.set(
-    xlabel="training tokens (millions)", ylabel="loss (nats per token)", title="Every domain is still getting easier"
+    xlabel="training tokens (millions)",
+    ylabel="loss (nats per token)",
+    title="Every kind of text gets easier to predict" if not own_text else "Loss on held-out text",
 )
-ax.legend(frameon=False)
+ax.legend()
 plots.save(fig, "00_loss_by_source.png")
 
 # %%
 last = {name: points[-1][1] for name, points in base["held_out"].items()}
-assert all(loss < math.log(config.vocab_size) for loss in last.values()), last
+assert all(loss < math.log(config.vocab_size) for loss in last.values()), last  # better than guessing
 print({name: round(loss, 2) for name, loss in last.items()}, "nats per token at the end")
 
 # %% [markdown]

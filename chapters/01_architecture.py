@@ -4,9 +4,9 @@
 # > One file holds the whole model: about 200 lines that load Meta's weights, train, and generate. Paper section 2.2
 # > and appendix A.2.1.
 #
-# Llama 2 is the standard decoder-only transformer with four changes that Llama 1 already had, and two of its own:
+# Llama 2 is the standard decoder-only transformer with the parts that Llama 1 had put in, and two changes of its own:
 #
-# | part | what the paper takes | from |
+# | part | the paper's choice | from |
 # |---|---|---|
 # | normalisation | RMSNorm before each sub-layer | Zhang and Sennrich 2019 |
 # | activation | SwiGLU | Shazeer 2020 |
@@ -15,8 +15,8 @@
 # | context | 4,096 tokens instead of 2,048 | new |
 # | attention | grouped queries (GQA) in the 34B and 70B models | new |
 #
-# We build them in this order, check each against an independent implementation, then load and save real checkpoints,
-# generate text, and train a tokenizer.
+# We build the model from its parts, check each against an independent implementation, count what it costs, then load
+# and save real checkpoints, generate text, and train a tokenizer.
 #
 # > Ours: paragraphs that begin with 'Ours' say where we choose what the paper leaves open, or differ from it.
 
@@ -34,6 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama2lib import ledger, paper, plots
+
+plt.rcParams.update(plots.STYLE)
 
 # %%
 #| export
@@ -229,8 +231,9 @@ assert torch.allclose(*scores, atol=1e-4)
 # context a token stands.
 
 # %%
-fig, ax = plt.subplots(figsize=(6.4, 2.6), layout="constrained")
+fig, ax = plt.subplots(figsize=(6.4, 2.6))
 image = ax.imshow(rope_table(LLAMA2["7B"])[:512, :, 0].T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
+ax.grid(False)
 ax.set(xlabel="position (tokens)", ylabel="pair of the head", title="RoPE: the first pairs spin, the last hardly move")
 fig.colorbar(image, label="cosine of the angle")
 plots.save(fig, "01_rope.png")
@@ -333,10 +336,11 @@ with torch.no_grad():
 # A token reads itself and what came before it, never what comes after: the weights of one head, and the mask behind it.
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(6.4, 3), layout="constrained", sharey=True)
-for ax, picture, title in zip(axes, (weights[0, 0], weights[0, 0] > 0), ("weight", "read at all"), strict=True):
-    ax.imshow(picture, cmap="Blues")
-    ax.set(xlabel="token read", title=title)
+fig, axes = plt.subplots(1, 2, figsize=(6.4, 3), sharey=True)
+for ax, picture, title in zip(axes, (weights[0, 0], weights[0, 0] > 0), ("weights", "what may be read"), strict=True):
+    ax.imshow(picture**0.5, cmap="Blues")  # the square root lets small weights show
+    ax.set(xlabel="token read", title=title, xticks=range(0, 16, 5), yticks=range(0, 16, 5))
+    ax.grid(False)
 axes[0].set_ylabel("token that reads")
 fig.suptitle("Causal attention: nothing above the diagonal")
 plots.save(fig, "01_causal_mask.png")
@@ -574,19 +578,23 @@ for name, gpus in (("7B", 1), ("13B", 1), ("34B", 8), ("70B", 8)):
 # and cache only; a server needs some for activations too.
 
 # %%
-fig, ax = plt.subplots(layout="constrained")
+fig, ax = plt.subplots()
 batch = [2**i for i in range(10)]
-for kind, kv_heads in (("MHA", 64), ("GQA", 8)):
-    memory = [
-        (2 * LLAMA2["70B"].num_params + b * 4096 * with_kv_heads("70B", kv_heads).kv_bytes_per_token()) / 1e9
-        for b in batch
-    ]
-    ax.plot(batch, memory, marker="o", label=kind)
-    ax.annotate(kind, (batch[-1], memory[-1]), xytext=(6, 0), textcoords="offset points", va="center")
+for kind, kv_heads in (("MHA", 64), ("GQA, released", 8)):
+    cache = 4096 * with_kv_heads("70B", kv_heads).kv_bytes_per_token()
+    memory = [(2 * LLAMA2["70B"].num_params + b * cache) / 1e9 for b in batch]
+    ax.plot(batch, memory, marker=".")
+    ax.annotate(kind, (batch[7], memory[7]), xytext=(8, -8), textcoords="offset points")
 ax.axhline(640, color="0.4", linestyle=":")
 ax.text(1, 680, "8 GPUs of 80 GB")
-ax.set(xscale="log", yscale="log", xlabel="sequences of 4,096 tokens", ylabel="weights and cache, 16 bits (GB)",
-       title="70B: grouped queries hold eight times the batch")  # fmt: skip
+ax.set_xscale("log", base=2)
+ax.set_yscale("log", base=2)
+ax.set(xticks=batch, yticks=[125, 250, 500, 1000, 2000, 4000])
+ax.xaxis.set_major_formatter("{x:,.0f}")
+ax.yaxis.set_major_formatter("{x:,.0f}")
+ax.set(
+    xlabel="sequences of 4,096 tokens", ylabel="weights and cache (GB)", title="70B: GQA holds eight times the batch"
+)
 plots.save(fig, "01_kv_cache.png")
 
 # %% [markdown]

@@ -21,6 +21,8 @@ import torch
 from llama2lib import ledger, paper, plots
 from llama2lib.model import LLAMA2, Llama
 
+plt.rcParams.update(plots.STYLE)
+
 # %% [markdown]
 # ## Sources
 #
@@ -324,16 +326,16 @@ from llama2lib.optim import adamw, cosine_lr
 
 lr = [cosine_lr(step, peak=3e-4, warmup_steps=2000, total_steps=500_000) for step in range(500_000)]
 assert max(lr) == lr[1999] == 3e-4 and math.isclose(lr[-1], 3e-5)
-fig, ax = plt.subplots(layout="constrained")
-ax.plot(range(0, 500_000, 500), lr[::500])
-ax.plot(2000, 3e-4, "o", mfc="white", label="2,000 steps of warm-up")
+fig, ax = plt.subplots()
+ax.plot(np.arange(0, 500, 0.5), np.array(lr[::500]) * 1e4)
+ax.plot(2, 3, "o", mfc="white", label="end of the warm-up, step 2,000")
 ax.set(
-    xlabel="step of 4M tokens",
-    ylabel="learning rate",
+    xlabel="thousand steps of 4M tokens",
+    ylabel="learning rate (1e-4)",
     title="7B: the warm-up takes 0.4 % of the training",
     ylim=(0, None),
 )
-ax.legend(frameon=False)
+ax.legend()
 plots.save(fig, "02_learning_rate.png")
 
 # %% [markdown]

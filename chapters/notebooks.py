@@ -22,6 +22,7 @@ from tqdm import tqdm
 from llama2lib.recipes import ROOT, scale, source_digest, write_atomic
 
 CHAPTERS = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a bar that only lives while its cell runs
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -65,15 +66,13 @@ def paired(chapter: Path):
 
 def tidy(notebook):
     "Leave out what differs between machines and runs: times, progress bars, this computer's paths."
-    here = {str(ROOT): "."}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         outputs = cell.get("outputs", [])
-        cell["outputs"] = [o for o in outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        cell["outputs"] = [o for o in outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
         for output in cell["outputs"]:
             if "text" in output:
-                for path, short in here.items():
-                    output["text"] = output["text"].replace(path, short)
+                output["text"] = output["text"].replace(str(ROOT), ".")
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
 
 
