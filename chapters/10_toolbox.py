@@ -1240,10 +1240,12 @@ def read_rows(path: Path) -> dict[tuple[str, str], Row]:
 
 
 def in_order(row: Row) -> tuple:
-    "Sort key: tables, figures, equations, sections, each by number, then by claim."
+    "Sort key: tables, figures, equations, sections, each by number, then by claim, numbers in it by size."
     kind, number = row["item"].split(" ", 1)
     parts = [(part.isalpha(), part if part.isalpha() else int(part)) for part in number.split(".")]
-    return ("Table", "Figure", "Equation", "Section").index(kind), parts, row["claim"]
+    pieces = filter(None, re.split(r"(\d+)", row["claim"]))
+    claim = [(piece.isdigit(), int(piece) if piece.isdigit() else piece) for piece in pieces]
+    return ("Table", "Figure", "Equation", "Section").index(kind), parts, claim
 
 
 def load() -> list[Row]:
@@ -1328,9 +1330,10 @@ def summary(rows: list[Row]) -> str:
     return (
         f"Claims: {len(rows)}, on {covered} of the paper's {len(ITEMS)} tables, figures and equations.\n\n"
         + table([*filter(counts.get, STATUSES)], [[*filter(None, map(counts.get, STATUSES))]])
-        + "\n"
+        + "\n<details><summary>Every row</summary>\n\n"
         + table(["", "claim", "paper", "ours", "verdict"],
                 [[row["item"], row["claim"], row["paper"], row["ours"], f"**{row['status']}**"] for row in rows])
+        + "\n</details>\n"
     )
 
 
