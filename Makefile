@@ -4,7 +4,7 @@ PY ?= .venv/bin/python
 PYTHON ?= python3
 PORT ?= 8888
 export MPLBACKEND ?= agg
-ifndef LLAMA2_DATA
+ifeq ($(origin LLAMA2_DATA),undefined)
 ifneq ($(wildcard ../shared/data),)
 export LLAMA2_DATA := $(abspath ../shared/data)
 endif
@@ -51,8 +51,9 @@ stale: env  ## list the notebooks that are older than their code
 	@$(PY) chapters/notebooks.py stale
 
 ledger: env  ## judge the claims and write figures/ledger.json (SEEDS=3,4,5 for other seeds, COMPARE=1 to report flips only)
-	$(foreach chapter,$(sort $(wildcard chapters/[0-9]*.py)),$(if $(SEEDS),LLAMA2_SEEDS=$(SEEDS)) $(PY) $(chapter) &&) true
-	$(if $(SEEDS),LLAMA2_SEEDS=$(SEEDS)) $(PY) -m llama2lib.ledger $(if $(COMPARE),--compare)
+	$(if $(SEEDS),export LLAMA2_SEEDS=$(SEEDS);) since=$$(date -u +%Y-%m-%dT%H:%M:%S) && \
+	for chapter in $(sort $(wildcard chapters/[0-9]*.py)); do $(PY) $$chapter || exit 1; done && \
+	$(PY) -m llama2lib.ledger $(if $(COMPARE),--compare,--since $$since)
 
 bench: env  ## timings as ratios to transformers, in one table
 	$(PY) tests/benchmarks/run.py

@@ -12,7 +12,6 @@
 # %%
 import math
 import os
-import time
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from llama2lib import plots
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
-from llama2lib.corpus import Source, mix, packaged_sources, read_documents, shares, token_stream
+from llama2lib.corpus import Source, describe, mix, packaged_sources, read_documents, shares, token_stream
 from llama2lib.generation import generate
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.pretrain import PRETRAIN, held_out_loss, pretrain
@@ -47,12 +46,7 @@ if own_text:
     sources = {Path(own_text).name: Source(tuple(read_documents(own_text)))}
 else:
     sources = packaged_sources()
-print(f"{'source':16} {'documents':>9} {'characters':>11}  up-sampled   share  sha256")
-for name, source in sources.items():
-    print(
-        f"{name:16} {len(source.documents):9,} {source.characters:11,} {source.upsampling:10}× "
-        f"{shares(sources)[name]:7.1%}  {source.digest[:12]}"
-    )
+print(describe(sources))
 
 # %% [markdown]
 # One document in twenty is held out, to measure on later.
@@ -76,7 +70,7 @@ print({name: len(documents) for name, documents in held_out.items()}, "documents
 # Byte-pair encoding learns the 2,048 most useful pieces. Digits stay apart, and what has no piece is spelled in bytes.
 
 # %%
-folder = cache_folder() / "tour"
+folder = cache_folder() / "tour" / scale() / (Path(own_text).stem if own_text else "packaged")
 tokenizer = train_tokenizer(islice(mixture(), 300 if smoke else 1500), 2048, folder / "tokenizer.model")
 for text in ("What is your favorite movie?", "def area(r): return 3.14 * r ** 2"):
     print(*tokenizer.pieces(tokenizer.encode(text)))
@@ -108,23 +102,22 @@ probes = {name: token_stream(tokenizer, documents, 20_000) for name, documents i
 print(f"{recipe.steps} steps of {recipe.batch_tokens:,} tokens; {recipe.tokens:,} tokens in all")
 
 
-def train_base() -> dict:
+def train_base(inputs: dict) -> dict:
     "Train a model on the stream: its weights, the training loss, and the held-out loss of each source on the way."
     torch.manual_seed(0)
-    model, began = Llama(config), time.time()
-    loss, measured = [], {name: [] for name in probes}
-    bar = tqdm(pretrain(model, stream, recipe), total=recipe.steps, unit="step", desc="pretraining")
+    model, recipe = Llama(inputs["config"]), inputs["recipe"]
+    loss, measured = [], {name: [] for name in inputs["probes"]}
+    bar = tqdm(pretrain(model, inputs["stream"], recipe), total=recipe.steps, unit="step", desc="pretraining")
     for step in bar:
         loss.append(step.loss)
         bar.set_postfix(loss=f"{step.loss:.2f}", tokens=f"{step.tokens:,}", refresh=False)
         if step.step % max(1, recipe.steps // 12) == 0 or step.step == recipe.steps - 1:
-            for name, probe in probes.items():
+            for name, probe in inputs["probes"].items():
                 measured[name].append([step.tokens, held_out_loss(model, probe, recipe.max_seq_len, max_rows=32)])
-    return {"weights": model.state_dict(), "loss": loss, "held_out": measured, "seconds": time.time() - began}
+    return {"weights": model.state_dict(), "loss": loss, "held_out": measured}
 
 
-inputs = {"config": asdict(config), "recipe": asdict(recipe), "text": {n: s.digest for n, s in sources.items()}}
-base = cached("tour-base", inputs, train_base)
+base = cached("tour-base", {"config": config, "recipe": recipe, "stream": stream, "probes": probes}, train_base)
 model = Llama(config)
 _ = model.load_state_dict(base["weights"])
 
@@ -145,7 +138,8 @@ ax.set(
     title="Every kind of text gets easier to predict" if not own_text else "Loss on held-out text",
 )
 ax.legend()
-plots.save(fig, "00_loss_by_source.png")
+if not own_text:
+    plots.save(fig, "00_loss_by_source.png")
 
 # %%
 last = {name: points[-1][1] for name, points in base["held_out"].items()}

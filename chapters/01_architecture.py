@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Architecture
 #
-# > One file holds the whole model: about 200 lines that load Meta's weights, train, and generate. Paper section 2.2
-# > and appendix A.2.1.
+# > The whole model in about 200 lines; then Meta's weights in and out of it, and text out of the weights. Paper section
+# > 2.2 and appendix A.2.1.
 #
 # Llama 2 is the standard decoder-only transformer with the parts that Llama 1 had put in, and two changes of its own:
 #
@@ -259,14 +259,17 @@ class KVCache:
             [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(config.n_layers)]
             for _ in ("keys", "values")
         )
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self.used = 0  # tokens held by the longest row: what attention has to read
+        self.set_lengths(torch.zeros(batch, dtype=torch.int64, device=weight.device))
+
+    def set_lengths(self, lengths: Int[Tensor, "B"]):
+        "Say how many tokens each row holds: fewer than were written where the last ones are padding or to be redone."
+        self.lengths = lengths
+        self.used = int(lengths.max())  # of the longest row: what attention has to read
 
     def select(self, rows: Tensor):
         "Keep only some rows (a mask or indices)."
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.lengths = self.lengths[rows]
-        self.used = int(self.lengths.max())
+        self.set_lengths(self.lengths[rows])
 
     def repeat(self, times: int):
         "Give every row `times` copies, next to each other: samples of one prompt share its prefill."
@@ -310,8 +313,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             keys, values, rows, positions = cache
-            keys[rows, :, positions] = k.transpose(1, 2)
-            values[rows, :, positions] = v.transpose(1, 2)
+            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
             if mask is not None:
                 k, v = keys[:, :, : mask.shape[-1]], values[:, :, : mask.shape[-1]]
         shared = k.shape[1] < q.shape[1]
@@ -399,8 +402,9 @@ with torch.no_grad():
 # > deviation 0.02, and divide by $\sqrt{2 \cdot \text{layers}}$ for the two that write to the residual stream (`wo`,
 # > `w2`), as GPT-2 did, so that the stream's variance does not grow with depth.
 #
-# The rotation table is recomputed whenever the model moves or changes its type. A table that is cast to bfloat16 with
-# the weights mixes up positions beyond a few hundred, and nothing complains.
+# The rotation table is neither a parameter nor a buffer: it stays in float32 when the model is cast, and is computed
+# anew where the tokens are when the model has moved. Angles computed in bfloat16 would give 769 different rows for
+# 4,096 positions, and nothing would complain.
 
 
 # %%
@@ -427,11 +431,6 @@ class Llama(nn.Module):
                 writes = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layers) ** 0.5 if writes else 0.02)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)  # to(), cuda(), bfloat16(), to_empty() all pass here
-        self.rope = rope_table(self.config, self.tok_embeddings.weight.device)
-        return self
-
     def hidden(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
         """The normalised state of every token, before the output matrix.
 
@@ -440,10 +439,15 @@ class Llama(nn.Module):
         batch, length = tokens.shape
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens are more than the context of {self.config.max_seq_len}")
+        if self.rope.device != tokens.device:
+            self.rope = rope_table(self.config, tokens.device)
         rope, mask, where = self.rope[:length], None, None
         if cache is not None:
-            if cache.used + length > cache.keys[0].shape[2]:
-                raise ValueError(f"{cache.used} + {length} tokens are more than the cache's {cache.keys[0].shape[2]}")
+            rows, _, room, _ = cache.keys[0].shape
+            if rows != batch or cache.used + length > room:
+                raise ValueError(
+                    f"{batch} rows of {cache.used} + {length} tokens, for a cache of {rows} rows of {room}"
+                )
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
             where = torch.arange(batch, device=tokens.device)[:, None], positions
             if cache.used:
@@ -610,7 +614,7 @@ plots.save(fig, "01_kv_cache.png")
 # | rotary pairs | neighbours | halves |
 #
 # We read and write both. Names differ, the rows of two matrices are in another order, and matrices have to be put
-# together; nothing here changes a number.
+# together; no number changes, unless another type is asked for.
 
 # %%
 #| export checkpoint
@@ -793,6 +797,8 @@ def config_from_hf(fields: dict) -> ModelConfig:
         if value != only and (value is not None or name == "model_type"):
             raise ValueError(f"{name} = {value!r} is not Llama 2's; expected {only!r}")
     for name in ("rope_scaling", "rope_parameters"):  # transformers 4, 5
+        if not isinstance(fields.get(name), dict | None):
+            raise ValueError(f"{name} = {fields[name]!r}, expected an object")
         rope = dict(fields.get(name) or {})
         fields = fields | {"rope_theta": rope.pop("rope_theta", fields.get("rope_theta"))}
         if any(value not in ("default", None, 1.0) for value in rope.values()):
@@ -821,7 +827,7 @@ for shape in LLAMA2.values():
 # files is −1: it came from the tokenizer, and we take it from the embedding. The context length was an argument of the
 # program.
 #
-# > Ours: a Meta folder is read with a context of 4,096, Llama 2's, whatever the model was trained with.
+# > Ours: a Meta folder that does not say `max_seq_len` is read with a context of 4,096, Llama 2's.
 
 
 # %%
@@ -950,11 +956,11 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     fields = _read_json(folder / "config.json")
     with _naming(folder / "config.json"):
         config = config_from_hf(fields)
-    files = [folder / "model.safetensors"]
+    files, places = [folder / "model.safetensors"], None
     if not files[0].exists():
         index = folder / "model.safetensors.index.json"
         places = _read_json(index).get("weight_map")
-        if not isinstance(places, dict):
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index}: expected a weight_map from tensors to files")
         files = [folder / name for name in sorted(set(places.values()))]
     parameters = dict(_meta_model(config).named_parameters())
@@ -964,7 +970,8 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         for file in files:
             with _open_safetensors(file) as opened:
                 for key in opened.keys():
-                    if not key.endswith("rotary_emb.inv_freq"):
+                    here = places is None or places.get(key, file.name) == file.name
+                    if here and not key.endswith("rotary_emb.inv_freq"):
                         yield key, opened.get_tensor(key)
 
     found = {key: tensor.to("meta") for key, tensor in tensors()}
@@ -1063,7 +1070,8 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
 def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llama:
     """The model in a Hugging Face or Meta folder, whichever it is.
 
-    `device`: PyTorch's default device if None. `dtype`: as stored if None. Errors: see `read_tensors`.
+    `device`: PyTorch's default device if None. `dtype`: that of the stored embedding if None. Errors: see
+    `read_tensors`.
     """
     config, stored, pieces = read_tensors(path)
     model = (
@@ -1124,13 +1132,14 @@ def _write_json(file: Path, fields: dict):
     file.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
-def _pieces_of(tokenizer, config: ModelConfig) -> SentencePieceProcessor:
-    "The SentencePiece model at tokenizer.path. ValueError if the vocabulary is not the model's."
-    pieces = SentencePieceProcessor(model_file=str(tokenizer.path))
-    if pieces.vocab_size() != config.vocab_size:
-        expected = f"the model's vocab_size is {config.vocab_size}"
-        raise ValueError(f"{tokenizer.path} has {pieces.vocab_size()} pieces, but {expected}")
-    return pieces
+def _tokenizer_file(tokenizer, path, config: ModelConfig) -> Path | None:
+    "The tokenizer to store: the one given, or the one that is there. ValueError if it is not the model's."
+    file = Path(path).expanduser() / "tokenizer.model" if tokenizer is None else Path(tokenizer.path)
+    if tokenizer is None and not file.is_file():
+        return None
+    if (size := SentencePieceProcessor(model_file=str(file)).vocab_size()) != config.vocab_size:
+        raise ValueError(f"{file} has {size} pieces, but the model's vocab_size is {config.vocab_size}")
+    return file.resolve()
 
 
 # %% [markdown]
@@ -1173,11 +1182,15 @@ def _tokenizer_json(pieces: SentencePieceProcessor) -> dict:
 def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000_000_000):
     """Write a Hugging Face folder, replacing the one that is there, never leaving a broken one.
 
-    `tokenizer`: anything with the `path` of a SentencePiece BPE file. Weights that take more than `shard_bytes` go to
-    several files; each is prepared in memory before it is written.
+    `tokenizer`: anything with the `path` of a SentencePiece BPE file; without one, the folder keeps its own. Weights
+    that take more than `shard_bytes` go to several files; each is prepared in memory before it is written. One process
+    writes at a time. ValueError for another vocabulary, FileExistsError for a folder that holds anything else.
     """
     config, dtype = model.config, model.tok_embeddings.weight.dtype
-    pieces = None if tokenizer is None else _pieces_of(tokenizer, config)
+    vocabulary = _tokenizer_file(tokenizer, path, config)
+    pieces = vocabulary and SentencePieceProcessor(model_file=str(vocabulary))
+    if (old := Path(path).expanduser() / "config.json").exists() and _read_json(old).get("model_type") != "llama":
+        raise FileExistsError(f"{old} is not a Llama's: save to a new folder")
     groups, size = [{}], 0
     for name, p in model.named_parameters():
         if size and size + p.nbytes > shard_bytes:
@@ -1204,7 +1217,7 @@ def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000
             fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
             _write_json(folder / "tokenizer_config.json", fields)
             _write_json(folder / "tokenizer.json", _tokenizer_json(pieces))
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+            shutil.copyfile(vocabulary, folder / "tokenizer.model")
         _write_json(folder / "config.json", config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2)))
 
 
@@ -1223,16 +1236,15 @@ def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
     for name in ("n_heads", "n_kv_heads", "dim", "hidden_dim", "vocab_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise ValueError(f"{name} = {getattr(config, name)} cannot be divided among {shards} shards")
-    if tokenizer is not None:
-        _pieces_of(tokenizer, config)
+    vocabulary = _tokenizer_file(tokenizer, path, config)
     with _replacing(path, r"params\.json|consolidated\.\d\d\.pth|tokenizer\.model") as folder:
         for i in range(shards):
             parts = {name: p.detach()[_part(name, p.shape, i, shards)] for name, p in model.named_parameters()}
             if shards > 1:  # a slice would be stored with all of its matrix
                 parts = {name: part.clone() for name, part in parts.items()}
             torch.save({name: part.cpu() for name, part in parts.items()}, folder / f"consolidated.{i:02d}.pth")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        if vocabulary:
+            shutil.copyfile(vocabulary, folder / "tokenizer.model")
         _write_json(folder / "params.json", config_to_meta(config))
 
 
@@ -1278,10 +1290,11 @@ else:
 #
 # Each row draws from random numbers of its own, made from the seed, the prompt's place in the list and the sample's
 # number. One uniform number a step is enough: it is looked up in the cumulative distribution. A row's text therefore
-# does not depend on its neighbours, and is the same on every device.
+# does not depend on its neighbours (in float32; 16-bit logits themselves change a little with the size of a batch).
 
 # %%
 #| export generation
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -1344,21 +1357,35 @@ class Completion:
     finished: bool
 
 
-def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]):
-    "Raise unless every prompt is a non-empty list of token ids that leaves room for an answer in the context."
-    vocab_size, context = model.config.vocab_size, model.config.max_seq_len
+def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    "Prompts as lists of ints; raises unless each is non-empty, in the vocabulary, and leaves room in the context."
+    vocab_size, context, checked = model.config.vocab_size, model.config.max_seq_len, []
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, int | str):
-            raise TypeError(f"prompts[{i}] is {prompt!r}: expected a list of token ids for every prompt")
-        if len(prompt) == 0:
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise TypeError(f"prompts[{i}] is {prompt!r}: expected a list of token ids for every prompt") from None
+        if not ids:
             raise ValueError(f"prompts[{i}] is empty: expected at least one token, such as BOS")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens: the context of {context} leaves no room to answer"
-            )
-        for place, token in enumerate(prompt):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"prompts[{i}][{place}] is {token}: the vocabulary has ids 0 to {vocab_size - 1}")
+        if len(ids) >= context:
+            raise ValueError(f"prompts[{i}] has {len(ids)} tokens: the context of {context} leaves no room to answer")
+        if wrong := [(place, token) for place, token in enumerate(ids) if not 0 <= token < vocab_size]:
+            place, token = wrong[0]
+            raise ValueError(f"prompts[{i}][{place}] is {token}: the vocabulary has ids 0 to {vocab_size - 1}")
+        checked.append(ids)
+    return checked
+
+
+def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> list[np.random.Generator]:
+    "A generator for every row, prompt-major, from one seed (and the prompt's place) or a seed for each prompt."
+    try:
+        keys = [(operator.index(seed), i) for i in range(prompts)]
+    except TypeError:
+        keys = [(operator.index(one), 0) for one in seed]
+    if len(keys) != prompts or any(key < 0 for key, _ in keys):
+        raise ValueError(f"seed {seed!r} for {prompts} prompts: expected one number >= 0, or one for each prompt")
+    sequences = [np.random.SeedSequence(key, spawn_key=(i, n)) for key, i in keys for n in range(num_samples)]
+    return [np.random.default_rng(sequence) for sequence in sequences]
 
 
 @torch.inference_mode()
@@ -1373,40 +1400,44 @@ def decode(
     num_samples: int,
 ) -> Iterator[list[tuple[int, int, float]]]:
     "Yield, step by step, (row, token, log-probability) of every row that is still open. Arguments as in `generate`."
-    check_prompts(model, prompts)
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1")
-    if not isinstance(seed, int) and len(seed) != len(prompts):
-        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: expected one number, or one for each prompt")
+    prompts, context = check_prompts(model, prompts), model.config.max_seq_len
+    if not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1 or num_samples < 1:
+        raise ValueError(
+            f"temperature {temperature}, top_p {top_p}, num_samples {num_samples}: expected a temperature of 0 or at "
+            "least 1e-4, 0 < top_p <= 1, and at least one sample"
+        )
+    streams = row_streams(seed, len(prompts), num_samples)
     if not prompts or max_new_tokens < 1:
         return
-    config, device = model.config, model.tok_embeddings.weight.device
+    device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    entropy = [(seed, i) if isinstance(seed, int) else (seed[i], 0) for i in range(len(prompts))]
-    streams = [np.random.default_rng((*pair, n)) for pair in entropy for n in range(num_samples)]
-    uniform = torch.from_numpy(np.stack([stream.random(max_new_tokens) for stream in streams]))
+    longest, steps = int(lengths.max()), min(max_new_tokens, context - int(lengths.min()))
+    uniform = torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
     uniform = uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
     padded = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
-    cache = KVCache(model, len(prompts), min(longest + max_new_tokens, config.max_seq_len))
+    cache = KVCache(model, len(prompts), min(longest + steps, context))
     states = model.hidden(padded, cache)
-    cache.lengths = lengths
+    cache.set_lengths(lengths)
     logits = model.output(states[torch.arange(len(prompts), device=device), lengths - 1]).float()
     cache.repeat(num_samples)
     logits = logits.repeat_interleave(num_samples, 0)
 
     rows = torch.arange(len(streams), device=device)  # which row of the result each row of the batch is
     is_open = torch.ones_like(rows, dtype=torch.bool)
-    for step in range(max_new_tokens):
+    for step in range(steps):
         tokens, logprobs = sample(logits, uniform[rows, step], temperature, top_p)
+        if not logprobs.isfinite().all():
+            raise FloatingPointError(
+                f"token {step} of row {int(rows[~logprobs.isfinite()][0])}: the logits are not finite"
+            )
         yield list(zip(*(t[is_open].tolist() for t in (rows, tokens, logprobs)), strict=True))
-        full = cache.lengths + 1 >= config.max_seq_len
+        full = cache.lengths + 1 >= context
         is_open &= ~full if eos_id is None else ~full & (tokens != eos_id)
         count = int(is_open.sum())
-        if count == 0 or step + 1 == max_new_tokens:
+        if count == 0 or step + 1 == steps:
             return
         if 2 * count <= len(rows) or full.any():
             cache.select(is_open)
@@ -1435,13 +1466,12 @@ def generate(
     A completion ends with `eos_id`, after `max_new_tokens`, or when the context is full. `logprobs` are of the sampled
     distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
     on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
-    Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range.
+    Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range;
+    FloatingPointError when the logits are not finite.
     """
     results = [Completion([], [], False) for _ in range(len(prompts) * num_samples)]
     for step in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples):
         for row, token, logprob in step:
-            if logprob != logprob:
-                raise FloatingPointError(f"row {row}, token {len(results[row].tokens)}: the logits are not finite")
             results[row].tokens.append(token)
             results[row].logprobs.append(logprob)
             results[row].finished = token == eos_id
@@ -1509,6 +1539,7 @@ assert list(stream(model, prompts[0], 20, 1.3, 0.9, seed=7)) == hot[0].tokens
 # %%
 #| export tokenizer
 import io
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -1531,7 +1562,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: expected a SentencePiece model file")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes() or b"empty")
         except RuntimeError as error:
             raise ValueError(f"{self.path}: not a SentencePiece model ({error})") from None
         self.vocab_size = self._model.vocab_size()
@@ -1556,10 +1587,11 @@ class Tokenizer:
 
         The space is the one that `encode` puts in front; to continue a text, decode both parts together.
         """
+        ids = [operator.index(token) for token in ids]
         for place, token in enumerate(ids):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"ids[{place}] is {token}: the vocabulary has ids 0 to {self.vocab_size - 1}")
-        return self._model.decode(list(ids))
+        return self._model.decode(ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         "The vocabulary's spelling of token ids, with `▁` for a space: for people to look at."

@@ -116,12 +116,14 @@ def read_documents(path: str | Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a text file, a JSONL file or a folder of them")
     files = (
-        [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")] if path.is_dir() else [path]
+        [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
+        if path.is_dir()
+        else [path]
     )
     documents = []
     for file in files:
         try:
-            text = file.read_bytes().decode("utf-8")
+            text = file.read_bytes().decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: byte {error.start} is not UTF-8 text ({error.reason})") from None
         documents += list(_rows(file, text)) if file.suffix == ".jsonl" else cut(text)
@@ -130,8 +132,12 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _rows(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else {"text": ""}
         except json.JSONDecodeError as error:
@@ -143,11 +149,11 @@ def _rows(file: Path, text: str) -> Iterator[str]:
 
 
 def cut(text: str, size: int = 4000) -> list[str]:
-    "Cut a text at blank lines into documents of about `size` characters; nothing but blank lines is lost."
+    "Cut a text into documents of about `size` characters: at a blank line, or else at a line; nothing is lost."
     documents, current = [], ""
-    for paragraph in text.split("\n\n"):
-        current += ("\n\n" if current else "") + paragraph
-        if len(current) >= size:
+    for line in text.splitlines(keepends=True):
+        current += line
+        if len(current) >= (size if not line.strip() else 2 * size):
             documents, current = [*documents, current], ""
     return [document for document in [*documents, current] if document.strip()]
 
@@ -170,6 +176,10 @@ class Source:
 
     documents: tuple[str, ...]
     upsampling: float = 1.0
+
+    def __post_init__(self):
+        if not any(self.documents) or not self.upsampling > 0:
+            raise ValueError(f"a source of {self.characters} characters, up-sampled {self.upsampling}×: expected some")
 
     @property
     def characters(self) -> int:
@@ -207,6 +217,15 @@ def packaged_sources() -> dict[str, Source]:
     return {name: Source(tuple(load()), upsampling) for name, (load, upsampling) in PACKAGED.items()}
 
 
+def describe(sources: Mapping[str, Source]) -> str:
+    "A table of sources: documents, characters, up-sampling, share of the mix, and the digest that identifies the text."
+    lines = [f"{'source':16} {'documents':>9} {'characters':>11}  up-sampled  share  sha256"]
+    for name, source in sources.items():
+        sizes = f"{len(source.documents):9,} {source.characters:11,} {source.upsampling:10}×"
+        lines.append(f"{name:16} {sizes} {shares(sources)[name]:6.1%}  {source.digest[:12]}")
+    return "\n".join(lines)
+
+
 def shares(sources: Mapping[str, Source]) -> dict[str, float]:
     "Share of each source in the mix: characters times up-sampling, made to sum to one."
     weights = {name: source.characters * source.upsampling for name, source in sources.items()}
@@ -214,15 +233,10 @@ def shares(sources: Mapping[str, Source]) -> dict[str, float]:
 
 
 # %%
-from llama2lib.corpus import packaged_sources, shares
+from llama2lib.corpus import describe, packaged_sources, shares
 
 sources = packaged_sources()
-print(f"{'source':14} documents  characters  up-sampled  share  sha256")
-for name, source in sources.items():
-    print(
-        f"{name:14} {len(source.documents):9,} {source.characters:11,} {source.upsampling:10}×"
-        f" {shares(sources)[name]:6.1%}  {source.digest[:12]}"
-    )
+print(describe(sources))
 assert math.isclose(sum(shares(sources).values()), 1)
 
 # %% [markdown]
@@ -375,6 +389,13 @@ class PretrainConfig:
     max_seq_len: int = 4096
     micro_batch: int = 16  # rows in one forward pass; the rest of the batch is accumulated
 
+    def __post_init__(self):
+        if not self.max_seq_len <= self.batch_tokens <= self.tokens:
+            sizes = f"max_seq_len {self.max_seq_len}, batch_tokens {self.batch_tokens}, tokens {self.tokens}"
+            raise ValueError(f"{sizes}: expected a row to fit into a batch, and a batch into all tokens")
+        if not 0 <= self.warmup_steps < self.steps or self.micro_batch < 1:
+            raise ValueError(f"warmup_steps {self.warmup_steps} of {self.steps} steps: expected fewer than all")
+
     @property
     def batch_rows(self) -> int:
         return max(1, round(self.batch_tokens / self.max_seq_len))
@@ -473,6 +494,7 @@ def pretrain(model: Llama, stream: np.ndarray, config: PretrainConfig, seed: int
     data = rows(stream, config.max_seq_len, seed)
     optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
     model.train()
+    optimizer.zero_grad(set_to_none=True)
     for step in range(config.steps):
         picked = torch.arange(step * config.batch_rows, (step + 1) * config.batch_rows) % len(data)
         lr = cosine_lr(step, config.lr, config.warmup_steps, config.steps, config.final_lr)

@@ -79,7 +79,7 @@ def tidy(notebook):
 def build(names: list[str]):
     for chapter in chapters(names):
         wanted, old = digest(chapter), read(chapter.with_suffix(".ipynb"))
-        if not names and old and old.metadata.get("llama2lib", {}).get("digest") == wanted:
+        if not names and old and old.metadata.get("llama2lib", {}).get("digest") == wanted and not problems(chapter):
             print(f"{chapter.stem}: up to date")
             continue
         notebook = paired(chapter)

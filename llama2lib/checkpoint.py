@@ -132,6 +132,8 @@ def config_from_hf(fields: dict) -> ModelConfig:
         if value != only and (value is not None or name == "model_type"):
             raise ValueError(f"{name} = {value!r} is not Llama 2's; expected {only!r}")
     for name in ("rope_scaling", "rope_parameters"):  # transformers 4, 5
+        if not isinstance(fields.get(name), dict | None):
+            raise ValueError(f"{name} = {fields[name]!r}, expected an object")
         rope = dict(fields.get(name) or {})
         fields = fields | {"rope_theta": rope.pop("rope_theta", fields.get("rope_theta"))}
         if any(value not in ("default", None, 1.0) for value in rope.values()):
@@ -247,11 +249,11 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     fields = _read_json(folder / "config.json")
     with _naming(folder / "config.json"):
         config = config_from_hf(fields)
-    files = [folder / "model.safetensors"]
+    files, places = [folder / "model.safetensors"], None
     if not files[0].exists():
         index = folder / "model.safetensors.index.json"
         places = _read_json(index).get("weight_map")
-        if not isinstance(places, dict):
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index}: expected a weight_map from tensors to files")
         files = [folder / name for name in sorted(set(places.values()))]
     parameters = dict(_meta_model(config).named_parameters())
@@ -261,7 +263,8 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         for file in files:
             with _open_safetensors(file) as opened:
                 for key in opened.keys():
-                    if not key.endswith("rotary_emb.inv_freq"):
+                    here = places is None or places.get(key, file.name) == file.name
+                    if here and not key.endswith("rotary_emb.inv_freq"):
                         yield key, opened.get_tensor(key)
 
     found = {key: tensor.to("meta") for key, tensor in tensors()}
@@ -341,7 +344,8 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
 def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llama:
     """The model in a Hugging Face or Meta folder, whichever it is.
 
-    `device`: PyTorch's default device if None. `dtype`: as stored if None. Errors: see `read_tensors`.
+    `device`: PyTorch's default device if None. `dtype`: that of the stored embedding if None. Errors: see
+    `read_tensors`.
     """
     config, stored, pieces = read_tensors(path)
     model = (
@@ -394,13 +398,14 @@ def _write_json(file: Path, fields: dict):
     file.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
-def _pieces_of(tokenizer, config: ModelConfig) -> SentencePieceProcessor:
-    "The SentencePiece model at tokenizer.path. ValueError if the vocabulary is not the model's."
-    pieces = SentencePieceProcessor(model_file=str(tokenizer.path))
-    if pieces.vocab_size() != config.vocab_size:
-        expected = f"the model's vocab_size is {config.vocab_size}"
-        raise ValueError(f"{tokenizer.path} has {pieces.vocab_size()} pieces, but {expected}")
-    return pieces
+def _tokenizer_file(tokenizer, path, config: ModelConfig) -> Path | None:
+    "The tokenizer to store: the one given, or the one that is there. ValueError if it is not the model's."
+    file = Path(path).expanduser() / "tokenizer.model" if tokenizer is None else Path(tokenizer.path)
+    if tokenizer is None and not file.is_file():
+        return None
+    if (size := SentencePieceProcessor(model_file=str(file)).vocab_size()) != config.vocab_size:
+        raise ValueError(f"{file} has {size} pieces, but the model's vocab_size is {config.vocab_size}")
+    return file.resolve()
 
 def _tokenizer_json(pieces: SentencePieceProcessor) -> dict:
     "A SentencePiece BPE model in the format of Hugging Face's tokenizers, with BOS put in front of a text."
@@ -432,11 +437,15 @@ def _tokenizer_json(pieces: SentencePieceProcessor) -> dict:
 def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000_000_000):
     """Write a Hugging Face folder, replacing the one that is there, never leaving a broken one.
 
-    `tokenizer`: anything with the `path` of a SentencePiece BPE file. Weights that take more than `shard_bytes` go to
-    several files; each is prepared in memory before it is written.
+    `tokenizer`: anything with the `path` of a SentencePiece BPE file; without one, the folder keeps its own. Weights
+    that take more than `shard_bytes` go to several files; each is prepared in memory before it is written. One process
+    writes at a time. ValueError for another vocabulary, FileExistsError for a folder that holds anything else.
     """
     config, dtype = model.config, model.tok_embeddings.weight.dtype
-    pieces = None if tokenizer is None else _pieces_of(tokenizer, config)
+    vocabulary = _tokenizer_file(tokenizer, path, config)
+    pieces = vocabulary and SentencePieceProcessor(model_file=str(vocabulary))
+    if (old := Path(path).expanduser() / "config.json").exists() and _read_json(old).get("model_type") != "llama":
+        raise FileExistsError(f"{old} is not a Llama's: save to a new folder")
     groups, size = [{}], 0
     for name, p in model.named_parameters():
         if size and size + p.nbytes > shard_bytes:
@@ -463,7 +472,7 @@ def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000
             fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
             _write_json(folder / "tokenizer_config.json", fields)
             _write_json(folder / "tokenizer.json", _tokenizer_json(pieces))
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+            shutil.copyfile(vocabulary, folder / "tokenizer.model")
         _write_json(folder / "config.json", config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2)))
 
 def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
@@ -475,14 +484,13 @@ def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
     for name in ("n_heads", "n_kv_heads", "dim", "hidden_dim", "vocab_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise ValueError(f"{name} = {getattr(config, name)} cannot be divided among {shards} shards")
-    if tokenizer is not None:
-        _pieces_of(tokenizer, config)
+    vocabulary = _tokenizer_file(tokenizer, path, config)
     with _replacing(path, r"params\.json|consolidated\.\d\d\.pth|tokenizer\.model") as folder:
         for i in range(shards):
             parts = {name: p.detach()[_part(name, p.shape, i, shards)] for name, p in model.named_parameters()}
             if shards > 1:  # a slice would be stored with all of its matrix
                 parts = {name: part.clone() for name, part in parts.items()}
             torch.save({name: part.cpu() for name, part in parts.items()}, folder / f"consolidated.{i:02d}.pth")
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        if vocabulary:
+            shutil.copyfile(vocabulary, folder / "tokenizer.model")
         _write_json(folder / "params.json", config_to_meta(config))

@@ -10,6 +10,7 @@ __all__ = [
     "Source",
     "PACKAGED",
     "packaged_sources",
+    "describe",
     "shares",
     "mix",
     "token_stream",
@@ -93,12 +94,14 @@ def read_documents(path: str | Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a text file, a JSONL file or a folder of them")
     files = (
-        [f for f in sorted(path.rglob("*")) if f.is_file() and not f.name.startswith(".")] if path.is_dir() else [path]
+        [f for f in sorted(path.rglob("*")) if f.is_file() and not _hidden(f.relative_to(path))]
+        if path.is_dir()
+        else [path]
     )
     documents = []
     for file in files:
         try:
-            text = file.read_bytes().decode("utf-8")
+            text = file.read_bytes().decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: byte {error.start} is not UTF-8 text ({error.reason})") from None
         documents += list(_rows(file, text)) if file.suffix == ".jsonl" else cut(text)
@@ -107,8 +110,12 @@ def read_documents(path: str | Path) -> list[str]:
     return documents
 
 
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _rows(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else {"text": ""}
         except json.JSONDecodeError as error:
@@ -120,11 +127,11 @@ def _rows(file: Path, text: str) -> Iterator[str]:
 
 
 def cut(text: str, size: int = 4000) -> list[str]:
-    "Cut a text at blank lines into documents of about `size` characters; nothing but blank lines is lost."
+    "Cut a text into documents of about `size` characters: at a blank line, or else at a line; nothing is lost."
     documents, current = [], ""
-    for paragraph in text.split("\n\n"):
-        current += ("\n\n" if current else "") + paragraph
-        if len(current) >= size:
+    for line in text.splitlines(keepends=True):
+        current += line
+        if len(current) >= (size if not line.strip() else 2 * size):
             documents, current = [*documents, current], ""
     return [document for document in [*documents, current] if document.strip()]
 
@@ -137,6 +144,10 @@ class Source:
 
     documents: tuple[str, ...]
     upsampling: float = 1.0
+
+    def __post_init__(self):
+        if not any(self.documents) or not self.upsampling > 0:
+            raise ValueError(f"a source of {self.characters} characters, up-sampled {self.upsampling}×: expected some")
 
     @property
     def characters(self) -> int:
@@ -172,6 +183,15 @@ PACKAGED: dict[str, tuple[Callable[[], list[str]], float]] = {
 def packaged_sources() -> dict[str, Source]:
     "The four domains that come with the installation, the factual ones up-sampled."
     return {name: Source(tuple(load()), upsampling) for name, (load, upsampling) in PACKAGED.items()}
+
+
+def describe(sources: Mapping[str, Source]) -> str:
+    "A table of sources: documents, characters, up-sampling, share of the mix, and the digest that identifies the text."
+    lines = [f"{'source':16} {'documents':>9} {'characters':>11}  up-sampled  share  sha256"]
+    for name, source in sources.items():
+        sizes = f"{len(source.documents):9,} {source.characters:11,} {source.upsampling:10}×"
+        lines.append(f"{name:16} {sizes} {shares(sources)[name]:6.1%}  {source.digest[:12]}")
+    return "\n".join(lines)
 
 
 def shares(sources: Mapping[str, Source]) -> dict[str, float]:

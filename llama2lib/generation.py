@@ -4,6 +4,7 @@ __all__ = [
     "sample",
     "Completion",
     "check_prompts",
+    "row_streams",
     "decode",
     "generate",
     "stream",
@@ -12,6 +13,7 @@ __all__ = [
 
 # ---------- chapters/01_architecture.py · Generation
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -54,21 +56,35 @@ class Completion:
     finished: bool
 
 
-def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]):
-    "Raise unless every prompt is a non-empty list of token ids that leaves room for an answer in the context."
-    vocab_size, context = model.config.vocab_size, model.config.max_seq_len
+def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    "Prompts as lists of ints; raises unless each is non-empty, in the vocabulary, and leaves room in the context."
+    vocab_size, context, checked = model.config.vocab_size, model.config.max_seq_len, []
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, int | str):
-            raise TypeError(f"prompts[{i}] is {prompt!r}: expected a list of token ids for every prompt")
-        if len(prompt) == 0:
+        try:
+            ids = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise TypeError(f"prompts[{i}] is {prompt!r}: expected a list of token ids for every prompt") from None
+        if not ids:
             raise ValueError(f"prompts[{i}] is empty: expected at least one token, such as BOS")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens: the context of {context} leaves no room to answer"
-            )
-        for place, token in enumerate(prompt):
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"prompts[{i}][{place}] is {token}: the vocabulary has ids 0 to {vocab_size - 1}")
+        if len(ids) >= context:
+            raise ValueError(f"prompts[{i}] has {len(ids)} tokens: the context of {context} leaves no room to answer")
+        if wrong := [(place, token) for place, token in enumerate(ids) if not 0 <= token < vocab_size]:
+            place, token = wrong[0]
+            raise ValueError(f"prompts[{i}][{place}] is {token}: the vocabulary has ids 0 to {vocab_size - 1}")
+        checked.append(ids)
+    return checked
+
+
+def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> list[np.random.Generator]:
+    "A generator for every row, prompt-major, from one seed (and the prompt's place) or a seed for each prompt."
+    try:
+        keys = [(operator.index(seed), i) for i in range(prompts)]
+    except TypeError:
+        keys = [(operator.index(one), 0) for one in seed]
+    if len(keys) != prompts or any(key < 0 for key, _ in keys):
+        raise ValueError(f"seed {seed!r} for {prompts} prompts: expected one number >= 0, or one for each prompt")
+    sequences = [np.random.SeedSequence(key, spawn_key=(i, n)) for key, i in keys for n in range(num_samples)]
+    return [np.random.default_rng(sequence) for sequence in sequences]
 
 
 @torch.inference_mode()
@@ -83,40 +99,44 @@ def decode(
     num_samples: int,
 ) -> Iterator[list[tuple[int, int, float]]]:
     "Yield, step by step, (row, token, log-probability) of every row that is still open. Arguments as in `generate`."
-    check_prompts(model, prompts)
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1")
-    if not isinstance(seed, int) and len(seed) != len(prompts):
-        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: expected one number, or one for each prompt")
+    prompts, context = check_prompts(model, prompts), model.config.max_seq_len
+    if not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1 or num_samples < 1:
+        raise ValueError(
+            f"temperature {temperature}, top_p {top_p}, num_samples {num_samples}: expected a temperature of 0 or at "
+            "least 1e-4, 0 < top_p <= 1, and at least one sample"
+        )
+    streams = row_streams(seed, len(prompts), num_samples)
     if not prompts or max_new_tokens < 1:
         return
-    config, device = model.config, model.tok_embeddings.weight.device
+    device = model.tok_embeddings.weight.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    entropy = [(seed, i) if isinstance(seed, int) else (seed[i], 0) for i in range(len(prompts))]
-    streams = [np.random.default_rng((*pair, n)) for pair in entropy for n in range(num_samples)]
-    uniform = torch.from_numpy(np.stack([stream.random(max_new_tokens) for stream in streams]))
+    longest, steps = int(lengths.max()), min(max_new_tokens, context - int(lengths.min()))
+    uniform = torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
     uniform = uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
     padded = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
-    cache = KVCache(model, len(prompts), min(longest + max_new_tokens, config.max_seq_len))
+    cache = KVCache(model, len(prompts), min(longest + steps, context))
     states = model.hidden(padded, cache)
-    cache.lengths = lengths
+    cache.set_lengths(lengths)
     logits = model.output(states[torch.arange(len(prompts), device=device), lengths - 1]).float()
     cache.repeat(num_samples)
     logits = logits.repeat_interleave(num_samples, 0)
 
     rows = torch.arange(len(streams), device=device)  # which row of the result each row of the batch is
     is_open = torch.ones_like(rows, dtype=torch.bool)
-    for step in range(max_new_tokens):
+    for step in range(steps):
         tokens, logprobs = sample(logits, uniform[rows, step], temperature, top_p)
+        if not logprobs.isfinite().all():
+            raise FloatingPointError(
+                f"token {step} of row {int(rows[~logprobs.isfinite()][0])}: the logits are not finite"
+            )
         yield list(zip(*(t[is_open].tolist() for t in (rows, tokens, logprobs)), strict=True))
-        full = cache.lengths + 1 >= config.max_seq_len
+        full = cache.lengths + 1 >= context
         is_open &= ~full if eos_id is None else ~full & (tokens != eos_id)
         count = int(is_open.sum())
-        if count == 0 or step + 1 == max_new_tokens:
+        if count == 0 or step + 1 == steps:
             return
         if 2 * count <= len(rows) or full.any():
             cache.select(is_open)
@@ -138,13 +158,12 @@ def generate(
     A completion ends with `eos_id`, after `max_new_tokens`, or when the context is full. `logprobs` are of the sampled
     distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
     on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
-    Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range.
+    Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range;
+    FloatingPointError when the logits are not finite.
     """
     results = [Completion([], [], False) for _ in range(len(prompts) * num_samples)]
     for step in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples):
         for row, token, logprob in step:
-            if logprob != logprob:
-                raise FloatingPointError(f"row {row}, token {len(results[row].tokens)}: the logits are not finite")
             results[row].tokens.append(token)
             results[row].logprobs.append(logprob)
             results[row].finished = token == eos_id

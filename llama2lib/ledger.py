@@ -96,9 +96,11 @@ def status_of(row: Row) -> str:
         return "exact" if agree(paper, ours, float(match[1] or 0)) else "slip"
     if match := re.fullmatch(rf"([<>]) (-?{NUMBER})", criterion):
         need(type(ours) in (int, float), f"ours to be one number, not {ours!r}")
-        need(row["interval"] is not None and row["seeds"] is not None, "an interval, and seeds as {seed: its effect}")
+        need(bool(row["interval"] and row["seeds"]), "an interval, and seeds as {seed: its effect}")
         low, high = row["interval"]
         need(low - 1e-9 <= ours <= high + 1e-9, f"ours inside its interval, not {ours!r} and {row['interval']}")
+        effects = row["seeds"].values()
+        need(min(effects) - 1e-9 <= ours <= max(effects) + 1e-9, f"ours among its seeds, not {ours!r}, {row['seeds']}")
         return compare_to_bound(match[1], float(match[2]), row["interval"], row["seeds"])
     if criterion == "preset":
         need(paper is not None and agree(paper, ours, 0), f"ours equal to paper, not {ours!r} and {paper!r}")
@@ -242,23 +244,25 @@ def load() -> list[Row]:
     path = ROOT / "figures" / "ledger.json"
     return sorted(read_rows(path).values(), key=in_order) if path.exists() else []
 
-def merge(compare: bool = False) -> list[Row]:
+def merge(compare: bool = False, since: str | None = None) -> list[Row]:
     """Merge the recorded rows into figures/ledger.json and rewrite figures/README.md and the README's ledger block.
 
     Args:
         compare: only report the verdicts that would flip, and write nothing.
+        since: all chapters ran since this UTC time (ISO 8601); rows that none of them recorded are dropped.
     """
-    book = {(row["item"], row["claim"]): row for row in load()}
+    book, current = {(row["item"], row["claim"]): row for row in load()}, set()
     for path in sorted(rows_folder().glob("*-????????????.json")):
         for key, row in read_rows(path).items():
             old = book.get(key)
+            current |= {key} if since is None or row["measured"] >= since else set()
             if old and (row["measured"] < old["measured"] or row | {"measured": old["measured"]} == old):
                 continue
             if old and old["status"] != row["status"]:
                 print(f"{row['item']}, {row['claim']!r}: {old['status']} -> {row['status']}")
             book[key] = row
     for key, row in list(book.items()):
-        if gone := missing_evidence(row):
+        if gone := missing_evidence(row) or (since and key not in current and "no chapter records it any more"):
             print(f"left out {row['item']}, {row['claim']!r}: {gone}")
             del book[key]
     rows = sorted(book.values(), key=in_order)
@@ -274,7 +278,7 @@ def merge(compare: bool = False) -> list[Row]:
 
 
 def cli() -> None:
-    "python -m llama2lib.ledger [--compare]"
+    "python -m llama2lib.ledger [--compare] [--since TIME]"
     tyro.cli(merge)
 
 

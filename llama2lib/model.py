@@ -142,14 +142,17 @@ class KVCache:
             [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(config.n_layers)]
             for _ in ("keys", "values")
         )
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self.used = 0  # tokens held by the longest row: what attention has to read
+        self.set_lengths(torch.zeros(batch, dtype=torch.int64, device=weight.device))
+
+    def set_lengths(self, lengths: Int[Tensor, "B"]):
+        "Say how many tokens each row holds: fewer than were written where the last ones are padding or to be redone."
+        self.lengths = lengths
+        self.used = int(lengths.max())  # of the longest row: what attention has to read
 
     def select(self, rows: Tensor):
         "Keep only some rows (a mask or indices)."
         self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.lengths = self.lengths[rows]
-        self.used = int(self.lengths.max())
+        self.set_lengths(self.lengths[rows])
 
     def repeat(self, times: int):
         "Give every row `times` copies, next to each other: samples of one prompt share its prefill."
@@ -181,8 +184,8 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             keys, values, rows, positions = cache
-            keys[rows, :, positions] = k.transpose(1, 2)
-            values[rows, :, positions] = v.transpose(1, 2)
+            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
             if mask is not None:
                 k, v = keys[:, :, : mask.shape[-1]], values[:, :, : mask.shape[-1]]
         shared = k.shape[1] < q.shape[1]
@@ -244,11 +247,6 @@ class Llama(nn.Module):
                 writes = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layers) ** 0.5 if writes else 0.02)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)  # to(), cuda(), bfloat16(), to_empty() all pass here
-        self.rope = rope_table(self.config, self.tok_embeddings.weight.device)
-        return self
-
     def hidden(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
         """The normalised state of every token, before the output matrix.
 
@@ -257,10 +255,15 @@ class Llama(nn.Module):
         batch, length = tokens.shape
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens are more than the context of {self.config.max_seq_len}")
+        if self.rope.device != tokens.device:
+            self.rope = rope_table(self.config, tokens.device)
         rope, mask, where = self.rope[:length], None, None
         if cache is not None:
-            if cache.used + length > cache.keys[0].shape[2]:
-                raise ValueError(f"{cache.used} + {length} tokens are more than the cache's {cache.keys[0].shape[2]}")
+            rows, _, room, _ = cache.keys[0].shape
+            if rows != batch or cache.used + length > room:
+                raise ValueError(
+                    f"{batch} rows of {cache.used} + {length} tokens, for a cache of {rows} rows of {room}"
+                )
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
             where = torch.arange(batch, device=tokens.device)[:, None], positions
             if cache.used:

@@ -42,6 +42,13 @@ class PretrainConfig:
     max_seq_len: int = 4096
     micro_batch: int = 16  # rows in one forward pass; the rest of the batch is accumulated
 
+    def __post_init__(self):
+        if not self.max_seq_len <= self.batch_tokens <= self.tokens:
+            sizes = f"max_seq_len {self.max_seq_len}, batch_tokens {self.batch_tokens}, tokens {self.tokens}"
+            raise ValueError(f"{sizes}: expected a row to fit into a batch, and a batch into all tokens")
+        if not 0 <= self.warmup_steps < self.steps or self.micro_batch < 1:
+            raise ValueError(f"warmup_steps {self.warmup_steps} of {self.steps} steps: expected fewer than all")
+
     @property
     def batch_rows(self) -> int:
         return max(1, round(self.batch_tokens / self.max_seq_len))
@@ -90,6 +97,7 @@ def pretrain(model: Llama, stream: np.ndarray, config: PretrainConfig, seed: int
     data = rows(stream, config.max_seq_len, seed)
     optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
     model.train()
+    optimizer.zero_grad(set_to_none=True)
     for step in range(config.steps):
         picked = torch.arange(step * config.batch_rows, (step + 1) * config.batch_rows) % len(data)
         lr = cosine_lr(step, config.lr, config.warmup_steps, config.steps, config.final_lr)

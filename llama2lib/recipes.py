@@ -223,90 +223,85 @@ import types
 from collections.abc import Callable
 
 
+def _unfolded(value, where: str):
+    "A configuration as tagged plain data; a dataclass brings the code of its llama2lib module with it."
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = type(value)
+        if not kind.__module__.startswith("llama2lib."):
+            raise ValueError(f"cached: {where} is a {kind.__name__}, not of llama2lib; pass its fields as a dict")
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return [kind.__qualname__, source_digest(f"import {kind.__module__}"), _unfolded(fields, where)]
+    if isinstance(value, dict):
+        items = sorted(value.items(), key=lambda pair: repr(pair[0]))
+        return ["dict", [[repr(key), _unfolded(item, f"{where}[{key!r}]")] for key, item in items]]
+    if type(value) in (list, tuple):
+        return [type(value).__name__, [_unfolded(item, f"{where}[{i}]") for i, item in enumerate(value)]]
+    return ["path", str(value)] if isinstance(value, Path) else value
+
+
+def _fingerprint(value, where: str) -> str:
+    "Checksum of a configuration by content; ValueError if it has state that cannot be stored."
+    tensors: dict[str, torch.Tensor] = {}
+    return _checksum(json.dumps(_pack(_unfolded(value, where), tensors, f"cached: {where}")), tensors)
+
+
 def _names_read(code: types.CodeType) -> set[str]:
     "Global names that a code object reads, those of functions and comprehensions inside it included."
     names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return names.union(*(_names_read(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
 
 
-def _unfolded(value):
-    "A value with its dataclasses and paths as plain data, and dictionaries in order."
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: _unfolded(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return [type(value).__qualname__, fields]
-    if isinstance(value, dict):
-        return [[str(key), _unfolded(item)] for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))]
-    if type(value) in (list, tuple):
-        return [_unfolded(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _fingerprint(value, where: str) -> str:
-    "Checksum of a value by content; ValueError if it has state that cannot be stored."
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        return _checksum(json.dumps(_pack(_unfolded(value), tensors, where)), tensors)
-    except ValueError:
-        raise ValueError(
-            f"cached: {where} is a {type(value).__name__}, whose state cannot be part of the key; build it inside the "
-            "function, or pass what it depends on as a plain value"
-        ) from None
-
-
-def _made_of(fn: types.FunctionType, parts: dict[str, str]) -> dict[str, str]:
-    "Add to `parts` what a function consists of: sources, digests of llama2lib modules, checksums of values it reads."
-    fn = inspect.unwrap(fn)
+def _code_of(fn, seen: dict[int, list]) -> dict[int, list]:
+    "Sources and digests of all that a function reaches, by the function's id; ValueError for what hides data."
+    where = getattr(fn, "__qualname__", repr(fn))
+    if not isinstance(fn, types.FunctionType) or re.search(r"<lambda>|<locals>", where):
+        raise ValueError(f"cached: {where} is not a function defined with def at the top level, which the key can see")
     if fn.__module__.startswith("llama2lib."):
-        parts[fn.__module__] = source_digest(f"import {fn.__module__}")
-        return parts
+        seen[id(fn)] = [source_digest(f"import {fn.__module__}")]
+        return seen
+    if hasattr(fn, "__wrapped__"):
+        raise ValueError(f"cached: {where} is decorated; use the decorator inside it, where the key can see it")
     try:
         source = textwrap.dedent(inspect.getsource(fn))
     except OSError:
-        raise ValueError(f"cached: the source of {fn.__qualname__} cannot be found") from None
-    if fn.__name__ == "<lambda>":
-        raise ValueError(f"cached: give {source.strip()!r} a name with def; a lambda's source is not a unit of its own")
-    parts[f"def {fn.__qualname__}"] = _code_text(source)
-    for module in _library_modules(source):
-        parts[f"llama2lib.{module}"] = source_digest(f"import llama2lib.{module}")
-    read = {name: fn.__globals__[name] for name in _names_read(fn.__code__) & fn.__globals__.keys()}
-    read |= {name: cell.cell_contents for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)}
-    read |= {f"defaults of {fn.__qualname__}": [list(fn.__defaults__ or ()), fn.__kwdefaults__ or {}]}
-    for name, value in read.items():
+        raise ValueError(f"cached: the source of {where} cannot be found") from None
+    defaults = _fingerprint([fn.__defaults__ or (), fn.__kwdefaults__ or {}], f"defaults of {where}")
+    seen[id(fn)] = parts = [where, _code_text(source), defaults]
+    modules = {f"llama2lib.{name}" for name in _library_modules(source)}
+    for name in sorted(_names_read(fn.__code__) & fn.__globals__.keys()):
+        value = fn.__globals__[name]
         home = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None) or ""
-        if home.startswith("llama2lib."):  # its modules, functions, classes, and instances of its dataclasses
-            parts[home] = source_digest(f"import {home}")
-        if inspect.ismodule(value) or inspect.isbuiltin(value):
-            continue
-        if isinstance(value, type) and home == fn.__module__:
-            raise ValueError(f"cached: {fn.__qualname__} uses the class {name}, defined beside it; move it to a module")
-        if callable(value) and not isinstance(value, type) and home == fn.__module__:
-            if f"def {value.__qualname__}" not in parts:
-                _made_of(value, parts)
-        elif not (isinstance(value, type) or inspect.isroutine(value) or hasattr(value, "__wrapped__")):
-            parts[name] = _fingerprint(value, name)
-    return parts
+        code = inspect.ismodule(value) or isinstance(value, type) or inspect.isroutine(value)
+        if not code or inspect.ismethod(value) or (isinstance(value, type) and home == fn.__module__):
+            kind = f"the class {name}" if isinstance(value, type) else f"{name}, a {type(value).__name__}"
+            raise ValueError(f"cached: {where} reads {kind}, from around it; pass what it needs in the configuration")
+        if home.startswith("llama2lib."):
+            modules.add(home)
+        elif isinstance(value, types.FunctionType) and home == fn.__module__ and id(value) not in seen:
+            _code_of(value, seen)
+    parts += [source_digest(f"import {module}") for module in sorted(modules)]
+    return seen
 
-def cached(name: str, config, fn: Callable[[], dict]) -> dict:
-    """`fn()`, kept in `cache_folder()` as name-<hash>.safetensors, and read from there the next time.
+def cached(name: str, config, fn: Callable[..., dict]) -> dict:
+    """`fn(config)`, kept in `cache_folder()` as name-<hash>.safetensors, and read from there the next time.
 
-    The hash covers `config` (a dataclass, dict or plain value; tensors by content), the scale, the PyTorch version,
-    and the code: all that `fn` can reach in llama2lib and in the notebook, with the values it reads there.
+    `config`: a llama2lib dataclass, dict or plain value; tensors and arrays count by content. `fn`: a function defined
+    with def, in llama2lib or in a notebook, that takes all its data from `config`.
     Results are (nested) dicts and lists of tensors, numpy arrays, str, int, float (NaN and infinities kept), bool and
     None. Tensors come back detached, contiguous and on the CPU, tuples as lists, numpy scalars as Python numbers, also
     on the first call. A damaged entry is rebuilt, with a message; of concurrent writers the last one stays.
-    ValueError: a bad name, something whose state cannot be part of the key, or a result that cannot be stored.
+    ValueError: a bad name, a function whose data the key cannot see, or a result that cannot be stored.
     """
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"cached: the name {name!r} is part of a file name; use letters, digits, '_', '-' and '.'")
-    made_of = {"config": _fingerprint(config, "config")} | _made_of(fn, {})
-    key = json.dumps([scale(), torch.__version__, made_of], sort_keys=True)
-    path = cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
+    key = [scale(), torch.__version__, _fingerprint(config, "config"), list(_code_of(fn, {}).values())]
+    path = cache_folder() / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
     if path.exists():
         try:
             return _read_entry(path)
         except ValueError as error:
             print(f"cached: {path.name} is damaged and is built again ({error})")
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(_pack(fn(), tensors, f"cached {name!r}: result"))
+    text = json.dumps(_pack(fn(config), tensors, f"cached {name!r}: result"))
     write_atomic(path, save(tensors, {"result": text, "sha256": _checksum(text, tensors)}))
     return _unpack(json.loads(text), tensors)

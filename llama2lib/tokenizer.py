@@ -9,6 +9,7 @@ __all__ = [
 # ---------- chapters/01_architecture.py · Tokenizer
 
 import io
+import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class Tokenizer:
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path}: expected a SentencePiece model file")
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self.path.read_bytes() or b"empty")
         except RuntimeError as error:
             raise ValueError(f"{self.path}: not a SentencePiece model ({error})") from None
         self.vocab_size = self._model.vocab_size()
@@ -56,10 +57,11 @@ class Tokenizer:
 
         The space is the one that `encode` puts in front; to continue a text, decode both parts together.
         """
+        ids = [operator.index(token) for token in ids]
         for place, token in enumerate(ids):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"ids[{place}] is {token}: the vocabulary has ids 0 to {self.vocab_size - 1}")
-        return self._model.decode(list(ids))
+        return self._model.decode(ids)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         "The vocabulary's spelling of token ids, with `▁` for a space: for people to look at."

@@ -219,6 +219,7 @@ def test_defaults_of_params_json(tmp_path):
     del params["n_kv_heads"]
     model = load_checkpoint(hand_files(tmp_path / "m", w, 2, params))
     assert model.config == ModelConfig(64, 2, 16, 16, HIDDEN, 96, 4096, 1e-5, 1e6)
+    model(torch.zeros(1, 1, dtype=torch.int64))  # places the table
     assert torch.equal(model.rope, rope_table(model.config))
 
 
@@ -280,9 +281,8 @@ def test_dtype_and_rope(tmp_path):
         kept, widened = load_checkpoint(tmp_path / folder), load_checkpoint(tmp_path / folder, dtype=torch.float32)
         assert same_weights(kept, model) and same_weights(widened, make(EVEN, dtype=torch.bfloat16).float())
         for loaded in (kept, widened):
-            assert loaded.rope.dtype == torch.float32 and loaded.rope.device.type == "cpu"
-            assert torch.equal(loaded.rope, rope_table(loaded.config))
-        assert kept(torch.tensor([[1, 2, 3]])).isfinite().all()
+            assert loaded(torch.tensor([[1, 2, 3]])).isfinite().all()
+            assert loaded.rope.dtype == torch.float32 and torch.equal(loaded.rope, rope_table(loaded.config))
     assert load_checkpoint(tmp_path / "hf", device="meta").rope.is_meta
 
 
@@ -428,10 +428,28 @@ def test_save_again_into_the_folder_loaded_from(tokenizer, tmp_path):
     with torch.no_grad():
         model.norm.weight += 1
     save_checkpoint(model, tmp_path / "x", SimpleNamespace(path=tmp_path / "x/tokenizer.model"))
+    save_checkpoint(model, tmp_path / "x")  # the tokenizer that is there stays
     assert same_weights(load_checkpoint(tmp_path / "x"), model)
     assert {f.name for f in (tmp_path / "x").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
     }  # fmt: skip
+
+
+def test_a_folder_of_another_model_is_not_replaced(tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(FileExistsError, match="not a Llama"):
+        save_checkpoint(make(), tmp_path / "bert")
+    assert [f.name for f in (tmp_path / "bert").iterdir()] == ["config.json"]
+
+
+def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path):
+    model = make()
+    save_checkpoint(model, tmp_path, shard_bytes=60_000)
+    last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    extra = {"model.embed_tokens.weight": torch.zeros(97, 64)}
+    save_file(load_file(last) | extra, last, metadata={"format": "pt"})
+    assert same_weights(load_checkpoint(tmp_path), model)
 
 
 def deadly(function, left):

@@ -1,5 +1,6 @@
 """Generation: equal to uncached decoding, rows independent, log-probabilities those of the sampled distribution."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
@@ -116,6 +117,8 @@ def test_extreme_uniform_numbers_never_pick_an_impossible_token():
         ([[1], [-1]], ValueError, r"prompts\[1\]\[0\] is -1"),
         ([[1] * 128], ValueError, r"prompts\[0\] has 128 tokens: the context of 128"),
         ([1, 2, 3], TypeError, r"prompts\[0\] is 1: expected a list of token ids"),
+        (["text"], TypeError, r"prompts\[0\] is 'text'"),
+        ([[1.9, 5.5]], TypeError, r"prompts\[0\] is \[1.9, 5.5\]"),
     ],
 )
 def test_bad_prompts_are_refused_with_their_place(prompts, error, message):
@@ -123,7 +126,33 @@ def test_bad_prompts_are_refused_with_their_place(prompts, error, message):
         generate(random_model(), prompts, 4)
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=-1), dict(top_p=0), dict(top_p=1.5), dict(seed=[1, 2])])
+def test_tensors_and_arrays_are_prompts_too():
+    model = random_model()
+    expected = generate(model, [[1, 5], [2, 6]], 5, seed=3)
+    for prompts in (torch.tensor([[1, 5], [2, 6]]), np.array([[1, 5], [2, 6]]), [torch.tensor([1, 5]), (2, 6)]):
+        assert generate(model, prompts, 5, seed=np.int64(3)) == expected
+
+
+def test_finished_rows_leave_the_batch():
+    model, sizes = random_model(), []
+    free = generate(model, [[1]] * 32, 60, temperature=1.0, seed=1)
+    eos = max(range(97), key=lambda token: sum(token in c.tokens[:30] for c in free))  # most rows meet it early
+    hidden = model.hidden
+    model.hidden = lambda tokens, cache: sizes.append(len(tokens)) or hidden(tokens, cache)
+    still_open = sum(len(c.tokens) > 30 for c in generate(model, [[1]] * 32, 60, temperature=1.0, seed=1, eos_id=eos))
+    assert still_open < 16 and sizes[0] == 32 and still_open <= sizes[30] <= 2 * still_open
+
+
+def test_a_huge_limit_costs_nothing():
+    "Random numbers are drawn for the context that is left, not for the limit."
+    assert len(generate(random_model(max_seq_len=16), [[1]], 10**12)[0].tokens) == 15
+
+
+SETTINGS = [dict(temperature=-1), dict(temperature=float("nan")), dict(temperature=1e-40), dict(top_p=0)]
+SETTINGS += [dict(top_p=1.5), dict(seed=[1, 2]), dict(seed=-1), dict(num_samples=0)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
         generate(random_model(), [[1]], 4, **settings)
@@ -138,8 +167,10 @@ def test_no_prompts_and_no_tokens_give_nothing():
 def test_logits_that_are_not_finite_stop_the_run():
     model = random_model()
     torch.nn.init.constant_(model.output.weight, torch.nan)
-    with pytest.raises(FloatingPointError, match="row 0, token 0"):
+    with pytest.raises(FloatingPointError, match="token 0 of row 0"):
         generate(model, [[1]], 4)
+    with pytest.raises(FloatingPointError, match="token 0 of row 0"):
+        list(stream(model, [1], 4))
 
 
 def test_it_runs_in_bfloat16():

@@ -247,6 +247,30 @@ def test_compare_reports_flips_and_writes_nothing(repo, monkeypatch, capsys):
     assert stored(repo) == before
 
 
+def test_a_full_run_drops_claims_that_no_chapter_records_any_more(repo, capsys):
+    note(claim="old wording", ours=1)
+    note(claim="untouched", ours=1)
+    ledger.merge()
+    ledger.row_file("Table 6", "old wording").unlink()
+    assert len(ledger.merge()) == 2  # a run of one chapter keeps the others' rows
+    rows = ledger.merge(since="2000-01-01")
+    assert [row["claim"] for row in rows] == ["untouched"] and "old wording" in capsys.readouterr().out
+    assert ledger.merge(since="2999-01-01") == []
+
+
+def test_seeds_of_their_own_have_rows_of_their_own(repo, monkeypatch):
+    note(ours=1)
+    monkeypatch.setenv("LLAMA2_SEEDS", "3,4,5")
+    assert ledger.merge(compare=True) == []
+    monkeypatch.delenv("LLAMA2_SEEDS")
+    assert len(ledger.merge()) == 1
+
+
+def test_an_effect_outside_its_seeds_is_refused(repo):
+    with pytest.raises(ValueError, match="ours among its seeds"):
+        note(criterion="> 0", ours=0.2, interval=(0.1, 0.3), seeds={0: 5.0, 1: 5.0, 2: 5.0})
+
+
 def test_command_line(repo):
     "`--compare` reaches merge; an unknown option stops."
     def run(*options):

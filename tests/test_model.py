@@ -131,19 +131,47 @@ def test_the_cache_refuses_more_than_it_holds():
         KVCache(model, 1, 33)
     cache = KVCache(model, 1, 8)
     model(torch.zeros(1, 8, dtype=torch.int64), cache)
-    with pytest.raises(ValueError, match=r"8 \+ 1 tokens are more than the cache's 8"):
+    with pytest.raises(ValueError, match=r"1 rows of 8 \+ 1 tokens, for a cache of 1 rows of 8"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache)
     with pytest.raises(ValueError, match="33 tokens are more than the context of 32"):
         model(torch.zeros(1, 33, dtype=torch.int64))
 
 
-def test_the_rotation_table_stays_float32_and_real_after_casts_and_meta():
-    "A table cast with the weights, or left on meta, trains and generates nonsense without an error."
-    table = rope_table(LLAMA2["debug"])
+def test_the_rotation_table_stays_float32_and_follows_the_tokens():
+    "A table that is cast with the weights, or stays on meta, is a table of nonsense."
+    table, tokens = rope_table(LLAMA2["debug"]), torch.zeros(1, 2, dtype=torch.int64)
     assert torch.equal(Llama(LLAMA2["debug"]).bfloat16().rope, table)
-    with torch.device("meta"):
-        model = Llama(LLAMA2["debug"])
-    assert torch.equal(model.to_empty(device="cpu").rope, table)
+    filled = random_model()
+    for fill in (lambda m: m.load_state_dict(filled.state_dict(), assign=True), lambda m: m.to_empty(device="cpu")):
+        with torch.device("meta"):
+            model = Llama(filled.config)
+        fill(model)
+        model(tokens)
+        assert torch.equal(model.rope, rope_table(filled.config))
+
+
+def test_a_cache_of_other_size_is_refused_and_lengths_can_be_set_back():
+    model = random_model()
+    cache = KVCache(model, batch=2, length=14)
+    with pytest.raises(ValueError, match="1 rows of 0"):
+        model(torch.zeros(1, 3, dtype=torch.int64), cache)
+    tokens = torch.randint(97, (2, 12))
+    with torch.no_grad():
+        model(tokens[:, :7], cache)
+        cache.set_lengths(torch.tensor([7, 4]))  # the second row's last three were padding
+        assert cache.used == 7
+        logits = model(tokens[:, 7:], cache)
+        assert torch.allclose(logits[0], model(tokens[:1])[0, 7:], atol=1e-4)
+        shorter = torch.cat((tokens[1:, :4], tokens[1:, 7:]), 1)
+        assert torch.allclose(logits[1], model(shorter)[0, 4:], atol=1e-4)
+
+
+def test_generation_under_autocast_writes_to_a_float32_cache():
+    model = random_model()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cache = KVCache(model, batch=1, length=8)
+        for part in (torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)):
+            assert model(part, cache).isfinite().all()
 
 
 def test_logits_are_float32_whatever_the_weights_are():

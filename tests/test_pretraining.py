@@ -42,6 +42,7 @@ def test_factual_sources_are_upsampled(sources):
 def test_held_out_documents_are_never_trained_on(sources):
     for source in sources.values():
         train, held_out = source.split()
+        assert len(held_out) < 0.1 * len(train)
         assert held_out and not set(train) & set(held_out)
         assert sorted(train + held_out) == sorted(source.documents)
 
@@ -84,10 +85,15 @@ def test_empty_sources_are_named(tmp_path):
 
 
 @given(st.lists(st.text(alphabet="ab\n", max_size=60)).map("\n\n".join))
-def test_cutting_loses_nothing_but_blank_lines(text):
+def test_cutting_loses_nothing(text):
     pieces = cut(text, size=20)
     assert "".join(pieces).replace("\n", "") == text.replace("\n", "")
     assert all(piece.strip() for piece in pieces)
+
+
+def test_text_without_blank_lines_is_cut_at_lines():
+    pieces = cut("a line of text\n" * 1000, size=100)
+    assert len(pieces) > 50 and all(piece.endswith("\n") for piece in pieces)
 
 
 def test_files_and_folders_are_read(tmp_path):
@@ -96,6 +102,10 @@ def test_files_and_folders_are_read(tmp_path):
     (tmp_path / ".hidden").write_bytes(b"\xff")
     assert read_documents(tmp_path) == ["first\n\nsecond", "third", "fourth"]
     assert read_documents(tmp_path / "a.txt") == ["first\n\nsecond"]
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "object").write_bytes(b"\xff")
+    (tmp_path / "c.jsonl").write_text('{"text": "fifth\u2028line"}\r\n', "utf-8")
+    assert read_documents(tmp_path)[-1] == "fifth\u2028line"
 
 
 @pytest.mark.parametrize(
@@ -176,19 +186,29 @@ def test_the_loop_is_the_recipe_step_by_step():
     "Against an independent loop with PyTorch's own mean loss, clipping and AdamW."
     stream = np.random.default_rng(1).integers(0, 97, 256 * 6 + 1).astype(np.uint16)
     ours, plain = random_model(), random_model()
-    logged = list(pretrain(ours, stream, CONFIG, seed=4))
-    optimizer = adamw(plain, CONFIG.lr)
+    config = replace(CONFIG, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.7, grad_clip=0.5, final_lr=0.3)
+    for parameter in ours.parameters():
+        parameter.grad = torch.ones_like(parameter)  # left over by somebody else
+    logged = list(pretrain(ours, stream, config, seed=4))
+    matrices, norms = ([p for p in plain.parameters() if (p.ndim > 1) == m] for m in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.7}, {"params": norms, "weight_decay": 0.0}], betas=(0.8, 0.9), eps=1e-3
+    )
     data = rows(stream, 32, seed=4)
     for log, batch in zip(logged, data.split(8), strict=True):
         loss = cross_entropy(plain(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         for group in optimizer.param_groups:
             group["lr"] = log.lr
         optimizer.step()
         optimizer.zero_grad()
         assert (log.loss, log.grad_norm) == pytest.approx((loss.item(), norm.item()), rel=1e-4)
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
     assert [log.tokens for log in logged] == [256 * (i + 1) for i in range(6)]
+    assert [log.lr for log in logged] == [cosine_lr(i, config.lr, 2, 6, 0.3) for i in range(6)]
+    assert min(log.grad_norm for log in logged) > config.grad_clip  # so that clipping matters
 
 
 def test_training_is_deterministic():
@@ -212,6 +232,20 @@ def test_held_out_loss_of_a_fresh_model_is_that_of_guessing():
     model.init_weights()
     stream = np.random.default_rng(0).integers(0, 97, 1000).astype(np.uint16)
     assert held_out_loss(model, stream, 32) == pytest.approx(math.log(97), abs=0.05)
+    model = random_model()
+    assert held_out_loss(model, stream, 32, max_rows=3) == held_out_loss(model, stream[: 3 * 32 + 1], 32)
+
+
+@pytest.mark.parametrize("wrong", [dict(max_seq_len=300), dict(tokens=100), dict(warmup_steps=6), dict(micro_batch=0)])
+def test_recipes_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        replace(CONFIG, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [dict(documents=()), dict(documents=("", "")), dict(documents=("a",), upsampling=0)])
+def test_sources_without_text_are_refused(wrong):
+    with pytest.raises(ValueError, match="a source of"):
+        Source(**wrong)
 
 
 def test_the_papers_recipe_takes_half_a_million_steps():

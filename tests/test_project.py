@@ -1,6 +1,7 @@
 """The project's own machinery: exporter, notebooks, requirements, Makefile, imports that point one way."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ CHAPTERS = sorted(ROOT.glob("chapters/[0-9][0-9]_*.py"))
 
 
 def run(script: Path, *arguments: str):
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"LLAMA2_SCALE": "laptop"}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 @pytest.fixture
@@ -85,6 +88,22 @@ def test_the_pair_check_sees_an_edited_chapter_and_an_unexecuted_notebook(clone)
     content.cells[-1].source = "area(3)"
     nbformat.write(content, notebook)
     assert "not the chapter's" in run(script, "check").stderr
+
+
+def test_a_notebook_is_built_executed_and_rebuilt_when_its_prose_or_code_changes(clone):
+    script, chapter = clone / "chapters/notebooks.py", clone / "chapters/01_demo.py"
+    built = run(script, "build")
+    assert built.returncode == 0, built.stderr
+    notebook = nbformat.read(clone / "chapters/01_demo.ipynb", as_version=4)
+    assert "12.5" in notebook.cells[-1].outputs[0]["data"]["text/plain"]
+    assert run(script, "check").returncode == 0 and "up to date" in run(script, "build").stdout
+    chapter.write_text(chapter.read_text().replace("# # Demo", "# # Circles"))
+    assert run(script, "stale").stdout == "" and "not the chapter's" in run(script, "check").stderr
+    assert "MB" in run(script, "build").stdout and run(script, "check").returncode == 0
+    chapter.write_text(chapter.read_text().replace("area(2)", "area(None)"))
+    assert run(script, "stale").stdout == "01_demo\n"
+    failed = run(script, "build")
+    assert failed.returncode == 1 and "01_demo.py stopped; the notebook was not written" in failed.stderr
 
 
 def test_every_chapter_has_an_executed_notebook_with_outputs():

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from llama2lib import recipes
+from llama2lib.model import LLAMA2, ModelConfig
 from llama2lib.recipes import cache_folder, cached, data_file, scale, seeds, source_digest, write_atomic
 
 
@@ -28,12 +29,6 @@ def own_cache(tmp_path, monkeypatch):
 
 def entries() -> list[Path]:
     return sorted(cache_folder().glob("*.safetensors"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    steps: int = 3
-    rates: tuple[float, ...] = (0.1, 0.2)
 
 
 # ---------- environment
@@ -82,6 +77,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, b"new")
     assert path.read_text("utf-8") == "öld" and os.listdir(path.parent) == ["a.txt"]
+
+
+def test_a_write_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
+    steps, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: steps.append("flush") or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: steps.append("rename") or replace(*names))
+    write_atomic(tmp_path / "a.txt", "text")
+    assert steps == ["flush", "rename"]
 
 
 # ---------- digests
@@ -155,7 +158,7 @@ class box:
     value = None
 
 
-def from_box():
+def from_box(config):
     return sys.modules["test_recipes_box"].value
 
 
@@ -214,7 +217,7 @@ def test_a_kill_leaves_no_entry_or_a_whole_one(tmp_path):
     code = """
         import torch
         from llama2lib.recipes import cached
-        def big():
+        def big(config):
             return {"w": torch.zeros(5_000_000)}
         for i in range(1000):
             cached("big", {"i": i}, big)
@@ -235,7 +238,7 @@ def test_concurrent_writers_both_succeed(tmp_path):
     code = """
         import torch
         from llama2lib.recipes import cached
-        def ones():
+        def ones(config):
             return {"w": torch.full((1000,), 1.0)}
         for i in range(20):
             assert cached("same", {"i": i}, ones)["w"].sum() == 1000
@@ -265,74 +268,77 @@ def key_of(source: str, config=None, name: str = "f") -> str:
 
 
 BASE = """
-    STEPS = 3
+    import llama2lib.optim as optim
     def helper(x):
-        return x + STEPS
-    def fn(n=2):
+        return x + 3
+    def fn(config, n=2):
         return {"y": [helper(i) for i in range(n)]}
 """
 
 
 def test_comments_and_layout_do_not_make_a_new_entry():
-    commented = "\n\n# a comment\n" + textwrap.dedent(BASE).replace("x + STEPS", "x + STEPS  # sum\n\n")
+    commented = "\n\n# a comment\n" + textwrap.dedent(BASE).replace("x + 3", "x + 3  # sum\n\n")
     assert commented.count("#") == 2 and key_of(BASE) == key_of(commented)
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("STEPS = 3", "STEPS = 4"), ("x + STEPS", "x - STEPS"), ("n=2", "n=3"), ("helper(i)", "helper(i + 1)"),
-     ('"y"', '"z"'), ("STEPS = 3", "STEPS = torch.tensor(3).item() * 1.0")],
+    [("x + 3", "x + 4"), ("x + 3", "x - 3"), ("n=2", "n=3"), ("helper(i)", "helper(i + 1)"), ('"y"', '"z"'),
+     ("helper(i)", "optim.cosine_lr(i, 1, 1, 9)")],
 )  # fmt: skip
 def test_any_code_it_reaches_makes_a_new_entry(old, new):
     assert old in BASE and key_of(BASE) != key_of(BASE.replace(old, new))
 
 
-def test_closed_over_values_count():
-    make = "def make(n):\n    def fn():\n        return {'n': n}\n    return fn\nfn = make(%s)"
-    assert key_of(make % 1) != key_of(make % 2)
-    assert key_of(make % "torch.zeros(2)") != key_of(make % "torch.ones(2)")
-
-
 def test_defaults_count_by_value():
-    assert len({key_of(f"N = {n}\ndef fn(n=N):\n    return {{'n': n}}") for n in (1, 2)}) == 2
+    assert len({key_of(f"N = {n}\ndef fn(config, n=N):\n    return {{'n': n}}") for n in (1, 2)}) == 2
 
 
-def test_dataclasses_and_paths_count_by_value():
-    code = "from pathlib import Path\nfrom llama2lib.model import LLAMA2\nX = %s\ndef fn():\n    return {'x': str(X)}"
-    values = ["LLAMA2['7B']", "LLAMA2['13B']", "{'a': LLAMA2['7B']}", "Path('a')", "Path('b')"]
-    assert len({key_of(code % value) for value in values}) == 5
+def test_the_version_of_pytorch_counts(monkeypatch):
+    before = key_of(BASE)
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert key_of(BASE) != before
 
 
 @pytest.mark.parametrize(
     "source",
-    ["g = torch.Generator()\ndef fn():\n    return {'x': torch.randn(1, generator=g)}",
-     "m = torch.nn.Linear(1, 1)\ndef fn():\n    return {'x': m(torch.ones(1))}",
-     "m = torch.nn.Linear(1, 1)\ndef fn():\n    return {'x': [m(torch.ones(1)) for _ in range(2)]}",
-     "seen = iter([1])\ndef fn():\n    return {'x': next(seen)}", "fn = lambda: {'x': 1}",
-     "class C:\n    x = 1\ndef fn():\n    return {'x': C.x}"],
+    ["STEPS = 3\ndef fn(config):\n    return {'x': STEPS}",
+     "config = 1\ndef fn(_):\n    return {'x': config}",
+     "g = torch.Generator()\ndef fn(config):\n    return {'x': torch.randn(1, generator=g)}",
+     "m = torch.nn.Linear(1, 1)\ndef fn(config):\n    return {'x': [m(torch.ones(1)) for _ in range(2)]}",
+     "r = np.random.default_rng()\nd = r.random\ndef fn(config):\n    return {'x': d()}",
+     "from llama2lib.pretrain import PRETRAIN\ndef fn(config):\n    return {'x': PRETRAIN['7B'].steps}",
+     "class C:\n    x = 1\n    def run(self, config):\n        return {}\ndef fn(config):\n    return {'x': C.x}",
+     "class C:\n    def run(self, config):\n        return {}\nfn = C().run",
+     "def make(n):\n    def fn(config):\n        return {'n': n}\n    return fn\nfn = make(1)",
+     "def make(n):\n    def f():\n        return n\n    return f\nf = make(1)\ndef fn(config):\n    return {'n': f()}",
+     "import functools\ndef twice(f):\n    @functools.wraps(f)\n    def g(c):\n        return f(c)\n    return g\n"
+     "@twice\ndef fn(config):\n    return {}",
+     "from functools import partial\ndef f(a, config):\n    return {}\nfn = partial(f, 1)",
+     "fn = lambda config: {'x': 1}"],
 )  # fmt: skip
-def test_unseen_state_is_refused(source):
+def test_data_that_the_key_cannot_see_is_refused(source):
     with pytest.raises(ValueError, match="cached: "):
         key_of(source)
 
 
 @pytest.mark.parametrize(
     "source",
-    ["from llama2lib.outer import f as fn", "from llama2lib.outer import f\ndef fn():\n    return f()",
-     "def fn():\n    from llama2lib.outer import f\n    return f()",
-     "from llama2lib.outer import f\ndef g():\n    return f()\ndef fn():\n    return g()",
-     "from llama2lib.outer import f\n@torch.no_grad()\ndef fn():\n    return f()",
-     "def fn():\n    return {'ran': 'llama2lib.outer'}",
-     "import llama2lib.outer as outer\ndef fn():\n    return outer.f()"],
+    ["from llama2lib.outer import f as fn", "from llama2lib.outer import f\ndef fn(config):\n    return f(config)",
+     "def fn(config):\n    from llama2lib.outer import f\n    return f(config)",
+     "from llama2lib.outer import f\ndef g(x):\n    return f(x)\ndef fn(config):\n    return g(config)",
+     "from llama2lib.outer import f\ndef fn(config):\n    with torch.no_grad():\n        return f(config)",
+     "def fn(config):\n    return {'ran': 'llama2lib.outer'}",
+     "import llama2lib.outer as outer\ndef fn(config):\n    return outer.f(config)"],
 )  # fmt: skip
 def test_library_code_it_reaches_makes_a_new_entry(package, source, monkeypatch):
     import llama2lib
 
-    (package / "outer.py").write_text("from llama2lib.inner import X\ndef f():\n    return {'x': X}\n")
+    (package / "outer.py").write_text("from llama2lib.inner import X\ndef f(config):\n    return {'x': X}\n")
     monkeypatch.setattr(llama2lib, "__path__", [str(package)])
     try:
         before = key_of(source)
-        (package / "outer.py").write_text("from llama2lib.inner import X\n# f\ndef f():\n    return {'x': X}\n")
+        (package / "outer.py").write_text("from llama2lib.inner import X\n# f\ndef f(config):\n    return {'x': X}\n")
         assert key_of(source) == before
         (package / "inner.py").write_text("X = 2\n")
         assert key_of(source) != before
@@ -344,20 +350,42 @@ def test_library_code_it_reaches_makes_a_new_entry(package, source, monkeypatch)
 
 def test_configuration_and_scale_count(monkeypatch):
     assert key_of(BASE, {"a": 1, "b": 2}) == key_of(BASE, {"b": 2, "a": 1})
-    assert key_of(BASE, Recipe()) == key_of(BASE, Recipe()) != key_of(BASE, Recipe(steps=4))
-    assert len({key_of(BASE, {"a": a}) for a in (1, 1.0, True, "1", None, [1])}) == 6
+    assert key_of(BASE, LLAMA2["7B"]) == key_of(BASE, ModelConfig()) != key_of(BASE, LLAMA2["13B"])
+    values = [1, 1.0, True, "1", None, [1], (1,), {1: 2}, {"1": 2}, ["a", 2], {"a": 2}, Path("1")]
+    values += [LLAMA2["7B"], {"x": LLAMA2["7B"]}, {"x": LLAMA2["13B"]}, torch.ones(1), torch.zeros(1), np.ones(1)]
+    assert len({key_of(BASE, {"a": value}) for value in values}) == len(values)
     before = key_of(BASE)
     monkeypatch.setenv("LLAMA2_SCALE", "smoke")
     assert key_of(BASE) != before
+
+
+def test_the_code_of_a_dataclass_in_the_configuration_counts(tmp_path, monkeypatch):
+    plain = "def fn(config):\n    return {}"
+    with_shape, without = key_of(plain, {"shape": LLAMA2["7B"]}), key_of(plain)
+    (tmp_path / "llama2lib").mkdir()
+    (tmp_path / "llama2lib" / "model.py").write_text("changed = 1\n")
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    monkeypatch.setenv("LLAMA2_CACHE", str(tmp_path / "cache"))
+    assert key_of(plain, {"shape": LLAMA2["7B"]}) != with_shape and key_of(plain) == without
+
+
+@dataclasses.dataclass
+class Recipe:
+    steps: int = 3
+
+
+@pytest.mark.parametrize("config", [Recipe(), {"a": [Recipe()]}, {"a": object()}, {"a": torch.nn.Linear(1, 1)}])
+def test_a_configuration_that_hides_code_or_state_is_refused(config):
+    with pytest.raises(ValueError, match="cached: config"):
+        key_of(BASE, config)
 
 
 def test_the_key_is_the_same_in_another_process(tmp_path, monkeypatch):
     code = """
         import dataclasses, torch
         from llama2lib.recipes import cached
-        NAMES = {"a": 1, "b": 2}
-        def fn():
-            return {"x": "a" in {"a", "b", "c"}, "y": NAMES["a"]}
+        def fn(config):
+            return {"x": "a" in {"a", "b", "c"}, "y": config["b"]}
         cached("stable", {"b": 1, "a": [2]}, fn)
     """
     for hash_seed in "01":
@@ -368,4 +396,4 @@ def test_the_key_is_the_same_in_another_process(tmp_path, monkeypatch):
 
 def test_a_bad_name_is_refused():
     with pytest.raises(ValueError, match="file name"):
-        cached("a/b", {}, lambda: {})
+        cached("a/b", {}, from_box)

@@ -34,6 +34,12 @@ def test_every_digit_is_a_piece(small):
     assert len(small.encode("a 20231024")) == len(small.encode("a ")) + 8
 
 
+def test_runs_of_spaces_are_pieces_of_their_own(tmp_path):
+    "Indented code would otherwise cost a piece for every space."
+    tokenizer = train_tokenizer(["        return x\n    def y" * 30] * 9, 300, tmp_path / "t.model")
+    assert len(tokenizer.encode(" " * 7)) < 5
+
+
 def test_bos_and_eos_are_ids_that_the_caller_adds(small):
     assert small.encode("fox", bos=True, eos=True) == [1, *small.encode("fox"), 2]
     assert small.decode(small.encode("fox", bos=True, eos=True)) == "fox"
