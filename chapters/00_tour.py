@@ -67,15 +67,17 @@ print({name: len(documents) for name, documents in held_out.items()}, "documents
 # %% [markdown]
 # ## 2. A tokenizer
 #
-# Byte-pair encoding learns the 2,048 most useful pieces. Digits stay apart, and what has no piece is spelled in bytes.
+# Byte-pair encoding learns the 2,048 most useful pieces (512 for a short text of your own). Digits stay apart, and what
+# has no piece is spelled in bytes.
 
 # %%
 folder = cache_folder() / "tour" / scale() / (Path(own_text).stem if own_text else "packaged")
-tokenizer = train_tokenizer(islice(mixture(), 300 if smoke else 1500), 2048, folder / "tokenizer.model")
+pieces = 2048 if sum(source.characters for source in sources.values()) > 300_000 else 512
+tokenizer = train_tokenizer(islice(mixture(), 300 if smoke else 1500), pieces, folder / "tokenizer.model")
 for text in ("What is your favorite movie?", "def area(r): return 3.14 * r ** 2"):
     print(*tokenizer.pieces(tokenizer.encode(text)))
-pieces = sum(len(tokenizer.encode(text)) for text in islice(mixture(), 100))
-print(f"{sum(map(len, islice(mixture(), 100))) / pieces:.2f} characters per piece")
+sample = list(islice(mixture(), 100))
+print(f"{sum(map(len, sample)) / sum(len(tokenizer.encode(text)) for text in sample):.2f} characters per piece")
 
 # %% [markdown]
 # ## 3. A model
@@ -123,7 +125,7 @@ _ = model.load_state_dict(base["weights"])
 
 # %% [markdown]
 # Loss is in nats per token: how surprised the model is by the next piece, on average. Guessing evenly among 2,048
-# pieces costs 7.6.
+# pieces costs 7.6 nats.
 
 # %%
 fig, ax = plt.subplots()

@@ -31,6 +31,15 @@ def random_model(shape: str = "GQA", seed: int = 0, **changes) -> Llama:
     return model
 
 
+@torch.no_grad()
+def greedy(model, prompt: list[int], new_tokens: int = 64) -> list[int]:
+    "The likeliest continuation, computed without a cache."
+    tokens = torch.tensor([prompt])
+    for _ in range(new_tokens):
+        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
+    return tokens[0, len(prompt) :].tolist()
+
+
 @pytest.fixture(params=SHAPES)
 def model(request) -> Llama:
     return random_model(request.param)

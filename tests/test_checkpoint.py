@@ -17,6 +17,7 @@ import numpy as np
 import numpy_llama
 import pytest
 import torch
+from conftest import greedy
 from safetensors.torch import load_file, save_file
 
 from llama2lib import checkpoint
@@ -50,14 +51,6 @@ def make(config=TINY, seed=0, dtype=torch.float32) -> Llama:
     model = Llama(config)
     lively(model.parameters(), seed)
     return model.to(dtype)
-
-
-@torch.no_grad()
-def greedy(model, prompt: list[int], new_tokens: int = 64) -> list[int]:
-    tokens = torch.tensor([prompt])
-    for _ in range(new_tokens):
-        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
-    return tokens[0, len(prompt) :].tolist()
 
 
 def same_weights(a: Llama, b: Llama) -> bool:

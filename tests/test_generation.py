@@ -3,24 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import greedy, random_model
 
 from llama2lib.generation import Completion, generate, sample, stream
 
 PROMPTS = [[1, 5, 9], [1, 7, 7, 7, 90, 31, 8], [1], [3, 2, 1, 0]]
 
 
-def by_hand(model, prompt, steps):
-    text = list(prompt)
-    with torch.no_grad():
-        for _ in range(steps):
-            text.append(model(torch.tensor([text]))[0, -1].argmax().item())
-    return text[len(prompt) :]
-
-
 def test_greedy_equals_uncached_decoding_in_a_ragged_batch(model):
     for prompt, completion in zip(PROMPTS, generate(model, PROMPTS, 64, temperature=0), strict=True):
-        assert completion.tokens == by_hand(model, prompt, 64)
+        assert completion.tokens == greedy(model, prompt, 64)
         assert not completion.finished
 
 
@@ -75,7 +67,7 @@ def test_a_full_context_ends_a_row_and_not_its_neighbours():
     model = random_model(max_seq_len=32)
     long, short = generate(model, [[1] * 29, [1, 2]], 40, temperature=0)
     assert len(long.tokens) == 3 and len(short.tokens) == 30
-    assert short.tokens == by_hand(model, [1, 2], 30)
+    assert short.tokens == greedy(model, [1, 2], 30)
 
 
 def test_stream_gives_the_same_tokens():

@@ -36,7 +36,7 @@ def test_every_digit_is_a_piece(small):
 
 def test_runs_of_spaces_are_pieces_of_their_own(tmp_path):
     "Indented code would otherwise cost a piece for every space."
-    tokenizer = train_tokenizer(["        return x\n    def y" * 30] * 9, 300, tmp_path / "t.model")
+    tokenizer = train_tokenizer(["        return x\n    def y\n" * 30] * 9, 285, tmp_path / "t.model")
     assert len(tokenizer.encode(" " * 7)) < 5
 
 
