@@ -31,7 +31,7 @@ tour: env  ## from raw text to a small Llama 2 that writes, in minutes (chapter 
 test: env  ## freshness, lint, tests, and every notebook at the smoke scale
 	$(PY) chapters/export.py --check
 	$(PY) chapters/notebooks.py check
-	$(PY) -m ruff check chapters llama2lib tests
+	$(PY) -m ruff check --no-cache chapters llama2lib tests
 	LLAMA2_SCALE=smoke $(PY) -m pytest tests
 	LLAMA2_SCALE=smoke $(PY) -m pytest --nbval-lax --nbval-current-env chapters
 

@@ -53,8 +53,8 @@ from torch import Tensor, nn
 # %% [markdown]
 # ## Model sizes
 #
-# A model is nine numbers. Three of them follow from each other in a way that the paper does not print: the width of the
-# feed-forward layer. The released code starts from the usual $4d$, takes two thirds of it, because SwiGLU has three
+# A model is nine numbers. The paper prints few of them, and not the rule behind one: the width of the feed-forward
+# layer. The released code starts from the usual $4d$, takes two thirds of it, because SwiGLU has three
 # matrices where a plain layer has two, optionally multiplies, and rounds up to a multiple.
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import tyro
-from llama2lib.checkpoint import save_checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from llama2lib.checkpoint import save_checkpoint
 from llama2lib.generation import generate
 from llama2lib.model import LLAMA2, Llama, swiglu_width
 from llama2lib.pretrain import next_token_loss

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import SHAPES, random_model
-from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 
+from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.generation import generate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
