@@ -137,7 +137,8 @@ def test_an_interrupt_leaves_no_process_behind(script, tmp_path):
         pathlib.Path(sys.argv[1], os.environ["RANK"] + ".pid").write_text(str(os.getpid()))
         time.sleep(120)
     """)
-    code = f"from llama2lib.launch import launch\nlaunch({path!r}, {str(tmp_path)!r})"
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job ignores it
+    code = f"{heed}\nfrom llama2lib.launch import launch\nlaunch({path!r}, {str(tmp_path)!r})"
     parent = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)},
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
     until = time.time() + 30
