@@ -7,7 +7,8 @@
 # The paper's pipeline begins with text and a tokenizer, and trains a base model on it (section 2). This tour does the
 # same with a million parameters instead of seventy billion, and real text that every installation has.
 #
-# > Ours: the text, and every size. Later chapters add the stages that turn a base model into a chat model.
+# > Ours: the text, and every size. (Paragraphs that begin with 'Ours' say where we choose or differ.) Later chapters
+# > add the stages that turn a base model into a chat model.
 
 # %%
 import math
@@ -43,7 +44,11 @@ smoke = scale() == "smoke"
 # %%
 own_text = os.environ.get("LLAMA2_TEXT")
 if own_text:
-    sources = {Path(own_text).name: Source(tuple(read_documents(own_text)))}
+    sources = {Path(own_text).resolve().name: Source(tuple(read_documents(own_text)))}
+    if (size := next(iter(sources.values())).characters) < 50_000:
+        raise SystemExit(
+            f"LLAMA2_TEXT={own_text}: {size:,} characters are too few to learn from; expected 50,000 or more"
+        )
 else:
     sources = packaged_sources()
 print(describe(sources))
@@ -71,7 +76,8 @@ print({name: len(documents) for name, documents in held_out.items()}, "documents
 # has no piece is spelled in bytes.
 
 # %%
-folder = cache_folder() / "tour" / scale() / (Path(own_text).stem if own_text else "packaged")
+text_id = "-".join(f"{name}-{source.digest[:8]}" for name, source in sources.items()) if own_text else "packaged"
+folder = cache_folder() / "tour" / scale() / text_id
 pieces = 2048 if sum(source.characters for source in sources.values()) > 300_000 else 512
 tokenizer = train_tokenizer(islice(mixture(), 300 if smoke else 1500), pieces, folder / "tokenizer.model")
 for text in ("What is your favorite movie?", "def area(r): return 3.14 * r ** 2"):
@@ -124,13 +130,14 @@ model = Llama(config)
 _ = model.load_state_dict(base["weights"])
 
 # %% [markdown]
-# Loss is in nats per token: how surprised the model is by the next piece, on average. Guessing evenly among 2,048
-# pieces costs 7.6 nats.
+# Loss is in nats per token: how surprised the model is by the next piece, on average. The dotted line is what guessing
+# evenly among all pieces costs.
 
 # %%
 fig, ax = plt.subplots()
 tokens = recipe.batch_rows * recipe.max_seq_len * np.arange(1, len(base["loss"]) + 1)
-ax.plot(tokens / 1e6, base["loss"], color="0.8", label="training, every step")
+ax.plot(tokens / 1e6, base["loss"], color="0.85", label="training, each batch")
+ax.axhline(math.log(config.vocab_size), color="0.4", linestyle=":")
 for name, points in base["held_out"].items():
     seen, loss = np.array(points).T
     ax.plot(seen / 1e6, loss, marker=".", label=f"{name}, held out")
@@ -181,7 +188,7 @@ print(sorted(file.name for file in (folder / "base").iterdir()))
 try:
     from transformers import AutoModelForCausalLM
 except ImportError:
-    print("transformers is not installed: pip install 'llama2lib[hub]'")
+    print("transformers is not installed: pip install -e '.[hub]'")
 else:
     theirs = AutoModelForCausalLM.from_pretrained(folder / "base")
     with torch.no_grad():

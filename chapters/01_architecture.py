@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Architecture
 #
-# > The whole model in about 200 lines; then Meta's weights in and out of it, and text out of the weights. Paper section
+# > The whole model in under 300 lines; then Meta's weights in and out of it, and text out of the weights. Paper section
 # > 2.2 and appendix A.2.1.
 #
 # Llama 2 is the standard decoder-only transformer with the parts that Llama 1 had put in, and two changes of its own:
@@ -79,7 +79,10 @@ assert swiglu_width(8192, multiple_of=4096, multiplier=1.3) == 28_672
 #| export
 @dataclass(frozen=True)
 class ModelConfig:
-    "The shape of a Llama 2 model (Table 1; widths from the released weights). The defaults are 7B."
+    """The shape of a Llama 2 model (Table 1; widths from the released weights). The defaults are 7B.
+
+    ValueError, naming the field, for a shape that cannot be built.
+    """
 
     dim: int = 4096
     n_layers: int = 32
@@ -93,8 +96,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"ModelConfig.{name} = {value!r}: expected a positive number")
+            kind = float if name in ("norm_eps", "rope_theta") else int
+            if not isinstance(value, int | kind) or not value > 0:
+                raise ValueError(f"ModelConfig.{name} = {value!r}: expected a positive {kind.__name__}")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} over n_heads {self.n_heads}: expected an even whole number per head")
         if self.n_heads % self.n_kv_heads:
@@ -234,7 +238,11 @@ assert torch.allclose(*scores, atol=1e-4)
 fig, ax = plt.subplots(figsize=(6.4, 2.6))
 image = ax.imshow(rope_table(LLAMA2["7B"])[:512, :, 0].T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
 ax.grid(False)
-ax.set(xlabel="position (tokens)", ylabel="pair of the head", title="RoPE: the first pairs spin, the last hardly move")
+ax.set(
+    xlabel="position (tokens)",
+    ylabel="pair of the head",
+    title="RoPE of 7B, first 512 positions: the first pairs spin, the last hardly move",
+)
 fig.colorbar(image, label="cosine of the angle")
 plots.save(fig, "01_rope.png")
 
@@ -248,7 +256,10 @@ plots.save(fig, "01_rope.png")
 # %%
 #| export
 class KVCache:
-    "Keys and values of every layer, (B K S H) each, preallocated; `lengths` (B) counts the tokens held by each row."
+    """Keys and values of every layer, (B K S H) each, preallocated; `lengths` (B) counts the tokens held by each row.
+
+    ValueError when `length` is over the model's context.
+    """
 
     def __init__(self, model: "Llama", batch: int, length: int):
         config, weight = model.config, model.tok_embeddings.weight
@@ -345,7 +356,7 @@ for ax, picture, title in zip(axes, (weights[0, 0], weights[0, 0] > 0), ("weight
     ax.set(xlabel="token read", title=title, xticks=range(0, 16, 5), yticks=range(0, 16, 5))
     ax.grid(False)
 axes[0].set_ylabel("token that reads")
-fig.suptitle("Causal attention: nothing above the diagonal")
+fig.suptitle("Causal attention (untrained head, square-root scale): nothing above the diagonal", fontsize="medium")
 plots.save(fig, "01_causal_mask.png")
 
 # %% [markdown]
@@ -435,12 +446,16 @@ class Llama(nn.Module):
         """The normalised state of every token, before the output matrix.
 
         With a cache, `tokens` continue its rows: they are written behind what each row holds, and `lengths` grows by T.
+        ValueError for more tokens than the context or the cache has room for.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected rows of tokens, (B T)")
         batch, length = tokens.shape
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens are more than the context of {self.config.max_seq_len}")
         if self.rope.device != tokens.device:
-            self.rope = rope_table(self.config, tokens.device)
+            with torch.inference_mode(False):  # built while generating, it must still serve training
+                self.rope = rope_table(self.config, tokens.device)
         rope, mask, where = self.rope[:length], None, None
         if cache is not None:
             rows, _, room, _ = cache.keys[0].shape
@@ -532,7 +547,7 @@ for name, count in counts.items():
         "Table 1", f"{name}: grouped queries", "preset", row["gqa"], groups, evidence="llama2lib/model.py::n_kv_heads"
     )
 vocabulary = paper.TEXT["Section 2.2"]["vocab_size"], LLAMA2["7B"].vocab_size
-ledger.record("Section 2.2", "vocabulary", "preset", *vocabulary, evidence="llama2lib/model.py::vocab_size")
+_ = ledger.record("Section 2.2", "vocabulary", "preset", *vocabulary, evidence="llama2lib/model.py::vocab_size")
 
 # %% [markdown]
 # A token passes every matrix once forward, and twice as much work goes backward. With two operations for each
@@ -563,7 +578,7 @@ def with_kv_heads(name: str, kv_heads: int) -> ModelConfig:
     return replace(LLAMA2[name], n_kv_heads=kv_heads)
 
 
-print("       heads   cache per token   per 4k sequence   sequences beside the weights (GPUs of 80 GB)")
+print("       heads   cache a token   a 4k sequence   sequences beside the weights (on this many GPUs of 80 GB)")
 for name, gpus in (("7B", 1), ("13B", 1), ("34B", 8), ("70B", 8)):
     for kind, kv_heads in (("MHA", LLAMA2[name].n_heads), ("GQA", 8), ("MQA", 1)):
         shape = with_kv_heads(name, kv_heads)
@@ -578,8 +593,9 @@ for name, gpus in (("7B", 1), ("13B", 1), ("34B", 8), ("70B", 8)):
 
 # %% [markdown]
 # For 70B on one node of eight GPUs, grouped queries make room for eight times as many conversations as MHA. MQA would
-# save no more there: its single key/value head has to be on every GPU (appendix A.2.1). Room means memory for weights
-# and cache only; a server needs some for activations too.
+# save no more there: its single key/value head has to be on every GPU (appendix A.2.1), and the table counts all
+# copies. The weights are those of the released model in every row. Room means memory for weights and cache only; a
+# server needs some for activations too.
 
 # %%
 fig, ax = plt.subplots()
@@ -591,6 +607,9 @@ for kind, kv_heads in (("MHA", 64), ("GQA, released", 8)):
     ax.annotate(kind, (batch[7], memory[7]), xytext=(8, -8), textcoords="offset points")
 ax.axhline(640, color="0.4", linestyle=":")
 ax.text(1, 680, "8 GPUs of 80 GB")
+ax.plot([46, 374], [640, 640], "o", color="0.3", mfc="white")
+for room in (46, 374):
+    ax.annotate(f"{room}", (room, 640), xytext=(4, -13), textcoords="offset points")
 ax.set_xscale("log", base=2)
 ax.set_yscale("log", base=2)
 ax.set(xticks=batch, yticks=[125, 250, 500, 1000, 2000, 4000])
@@ -1040,6 +1059,8 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     copy what you keep. ValueError or FileNotFoundError names the file, tensor or field that is wrong.
     """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds it")
     if not folder.is_dir():
         previous = folder.with_name(f".{folder.name}.previous")
         hint = f"; an interrupted save left the one before in {previous}" if previous.is_dir() else ""
@@ -1052,8 +1073,9 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         raise ValueError(f"{pickles[0]}: expected safetensors; convert the folder with transformers: {convert}")
     raise FileNotFoundError(
-        f"{folder}: no checkpoint; expected config.json with model.safetensors (or model.safetensors.index.json and "
-        "the files it names), or params.json with consolidated.00.pth …"
+        f"{folder}: no checkpoint among {sorted(f.name for f in folder.iterdir())[:8]}; expected config.json with "
+        "model.safetensors (or model.safetensors.index.json and the files it names), or params.json with "
+        "consolidated.00.pth …"
     )
 
 
@@ -1272,7 +1294,7 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
 try:
     from transformers import AutoModelForCausalLM, logging
 except ImportError:
-    print("skipped: pip install 'llama2lib[hub]' for the comparison with transformers")
+    print("skipped: pip install -e '.[hub]' for the comparison with transformers")
 else:
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -1297,6 +1319,7 @@ else:
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -1350,7 +1373,10 @@ assert torch.allclose(sample(four, uniform, temperature=0)[1].exp(), torch.tenso
 #| export generation
 @dataclass
 class Completion:
-    "What a model added to one prompt: `finished` tells that it ended with EOS, which is then the last token."
+    """What a model added to one prompt: `finished` tells that it ended with EOS, which is then the last token.
+
+    `logprobs`: natural logarithms, one for each token.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -1378,11 +1404,11 @@ def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> list[list[i
 
 def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> list[np.random.Generator]:
     "A generator for every row, prompt-major, from one seed (and the prompt's place) or a seed for each prompt."
-    try:
-        keys = [(operator.index(seed), i) for i in range(prompts)]
-    except TypeError:
-        keys = [(operator.index(one), 0) for one in seed]
-    if len(keys) != prompts or any(key < 0 for key, _ in keys):
+    if isinstance(seed, Integral):
+        keys = [(int(seed), i) for i in range(prompts)]
+    else:
+        keys = [(one, 0) for one in seed] if isinstance(seed, Sequence | np.ndarray) else []
+    if len(keys) != prompts or not all(isinstance(key, Integral) and key >= 0 for key, _ in keys):
         raise ValueError(f"seed {seed!r} for {prompts} prompts: expected one number >= 0, or one for each prompt")
     sequences = [np.random.SeedSequence(key, spawn_key=(i, n)) for key, i in keys for n in range(num_samples)]
     return [np.random.default_rng(sequence) for sequence in sequences]
@@ -1401,10 +1427,15 @@ def decode(
 ) -> Iterator[list[tuple[int, int, float]]]:
     "Yield, step by step, (row, token, log-probability) of every row that is still open. Arguments as in `generate`."
     prompts, context = check_prompts(model, prompts), model.config.max_seq_len
-    if not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1 or num_samples < 1:
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_samples", num_samples, 1)):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
+    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < model.config.vocab_size):
+        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {model.config.vocab_size - 1}")
+    real = isinstance(temperature, Real) and isinstance(top_p, Real)
+    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
         raise ValueError(
-            f"temperature {temperature}, top_p {top_p}, num_samples {num_samples}: expected a temperature of 0 or at "
-            "least 1e-4, 0 < top_p <= 1, and at least one sample"
+            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
         )
     streams = row_streams(seed, len(prompts), num_samples)
     if not prompts or max_new_tokens < 1:
@@ -1467,15 +1498,16 @@ def generate(
     distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
     on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
     Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range;
-    FloatingPointError when the logits are not finite.
+    TypeError for prompts that are not lists of ids; FloatingPointError when the logits are not finite.
     """
-    results = [Completion([], [], False) for _ in range(len(prompts) * num_samples)]
+    results: dict[int, Completion] = {}
     for step in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples):
         for row, token, logprob in step:
-            results[row].tokens.append(token)
-            results[row].logprobs.append(logprob)
-            results[row].finished = token == eos_id
-    return results
+            completion = results.setdefault(row, Completion([], [], False))
+            completion.tokens.append(token)
+            completion.logprobs.append(logprob)
+            completion.finished = token == eos_id
+    return [results.get(row, Completion([], [], False)) for row in range(len(prompts) * num_samples)]
 
 
 def stream(
@@ -1487,7 +1519,7 @@ def stream(
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[int]:
-    "Yield the tokens that continue one prompt as they are drawn: the same tokens as `generate` returns."
+    "Yield the tokens that continue one prompt as they are drawn: the same tokens, and errors, as `generate` gives."
     for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, num_samples=1):
         yield step[0][1]
 

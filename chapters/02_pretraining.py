@@ -68,8 +68,8 @@ def manual() -> list[str]:
 
 
 @cache
-def source_code() -> list[str]:
-    "The standard library's modules, without its tests and its tables of character codes."
+def _modules() -> list[tuple[str, list]]:
+    "The standard library's modules, without tests and tables of character codes: (text, [(name, docstring node)])."
     folder = Path(sysconfig.get_paths()["stdlib"])
     left_out = {
         "test",
@@ -81,23 +81,34 @@ def source_code() -> list[str]:
         "pydoc_data",
         "__pycache__",
     }
-    files = (f for f in sorted(folder.rglob("*.py")) if not left_out & set(f.relative_to(folder).parts))
-    return [text for text in (f.read_text("utf-8", errors="replace") for f in files) if text.strip()]
+    modules, documented = [], (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for file in sorted(folder.rglob("*.py")):
+        if left_out & set(file.relative_to(folder).parts):
+            continue
+        text = file.read_text("utf-8", errors="replace")
+        try:
+            nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+        except SyntaxError:  # templates and deliberately broken files
+            continue
+        modules.append((text, [(getattr(n, "name", ""), n) for n in nodes if ast.get_docstring(n)]))
+    return modules
 
 
 @cache
 def docstrings() -> list[str]:
     "The standard library's docstrings, a module a document."
-    documented, texts = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef), []
-    for code in source_code():
-        try:
-            nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, documented)]
-        except SyntaxError:  # templates and deliberately broken files
-            continue
-        found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes]
-        text = "\n\n".join(f"{name}\n{doc}".strip() for name, doc in found if doc)
-        texts += [text] if text else []
-    return texts
+    texts = ("\n\n".join(f"{name}\n{ast.get_docstring(n)}".strip() for name, n in found) for _, found in _modules())
+    return [text for text in texts if text]
+
+
+@cache
+def source_code() -> list[str]:
+    "The standard library's code, a module a document, without its docstrings: those are a source of their own."
+    texts = []
+    for text, found in _modules():
+        gone = {row for _, n in found for row in range(n.body[0].lineno, n.body[0].end_lineno + 1)}
+        texts.append("".join(line for row, line in enumerate(text.splitlines(keepends=True), 1) if row not in gone))
+    return [text for text in texts if text.strip()]
 
 
 # %% [markdown]
@@ -165,7 +176,8 @@ def cut(text: str, size: int = 4000) -> list[str]:
 # is what the paper means by up-sampling; it does not say by how much.
 #
 # A twentieth of each source is held out. A document's own digest decides, so that the split stays when documents come
-# and go, and a text that occurs twice cannot be on both sides.
+# and go, and a text that occurs twice cannot be on both sides. For the same reason the code comes without its
+# docstrings.
 
 
 # %%
@@ -183,6 +195,7 @@ class Source:
 
     @property
     def characters(self) -> int:
+        "Unicode characters in all documents."
         return sum(map(len, self.documents))
 
     @property
@@ -198,9 +211,8 @@ class Source:
         for document, digest in zip(self.documents, digests, strict=True):
             parts[digest <= limit].append(document)
         if not parts[0]:
-            raise ValueError(
-                f"{len(self.documents)} documents, all the same: expected two to train on one and test on one"
-            )
+            what = f"{len(self.documents)} documents, {len(set(self.documents))} of them different"
+            raise ValueError(f"{what} ({self.characters} characters): expected at least two, one to test on")
         return parts
 
 
@@ -342,10 +354,10 @@ lr = [cosine_lr(step, peak=3e-4, warmup_steps=2000, total_steps=500_000) for ste
 assert max(lr) == lr[1999] == 3e-4 and math.isclose(lr[-1], 3e-5)
 fig, ax = plt.subplots()
 ax.plot(np.arange(0, 500, 0.5), np.array(lr[::500]) * 1e4)
-ax.plot(2, 3, "o", mfc="white", label="end of the warm-up, step 2,000")
+ax.plot(2, 3, "o", label="end of the warm-up, step 2,000")
 ax.set(
     xlabel="thousand steps of 4M tokens",
-    ylabel="learning rate (1e-4)",
+    ylabel="learning rate (×10⁻⁴)",
     title="7B: the warm-up takes 0.4 % of the training",
     ylim=(0, None),
 )
@@ -356,7 +368,8 @@ plots.save(fig, "02_learning_rate.png")
 # ## The recipe
 #
 # One frozen record holds what a run needs besides the model. Its defaults are the paper's; the sizes differ in their
-# learning rate only (Table 1). Two trillion tokens in steps of four million are 500,000 steps.
+# learning rate only (Table 1). Two trillion tokens in steps of four million are 500,000 steps (of 977 whole rows, the
+# program rounds).
 
 # %%
 #| export pretrain
@@ -398,10 +411,12 @@ class PretrainConfig:
 
     @property
     def batch_rows(self) -> int:
+        "Rows of `max_seq_len` tokens in an optimiser step: `batch_tokens`, rounded to whole rows."
         return max(1, round(self.batch_tokens / self.max_seq_len))
 
     @property
     def steps(self) -> int:
+        "Optimiser steps of the run."
         return max(1, round(self.tokens / self.batch_tokens))
 
 
@@ -486,8 +501,9 @@ def rows(stream: np.ndarray, length: int, seed: int | None = None) -> torch.Tens
 
 
 def pretrain(model: Llama, stream: np.ndarray, config: PretrainConfig, seed: int = 0) -> Iterator[Step]:
-    """Train `model` on a 1-D stream of token ids, yielding a `Step` after each step; goes round when the stream ends.
+    """Train `model` on a 1-D array of token ids, yielding a `Step` after each step; goes round when the array ends.
 
+    Leaves the model in training mode. ValueError when the array does not fill one row.
     Raises FloatingPointError, before the weights change, when the loss or the gradient is not finite.
     """
     device = model.tok_embeddings.weight.device

@@ -1366,6 +1366,8 @@ def gallery(rows: list[Row]) -> str:
     names = [path.name for path in (ROOT / "figures").glob("*") if path.suffix in (".png", ".svg")]
     for name in sorted(names):
         text += f"\n## {Path(name).stem.replace('_', ' ')}\n\n![{Path(name).stem}]({name})\n\n"
+        for chapter in (ROOT / "chapters").glob(f"{name[:2]}_*.ipynb"):
+            text += f"Drawn and explained in [{chapter.stem}](../chapters/{chapter.name}).\n\n"
         text += "".join(f"- {row['item']}: {cell(row['claim'])}: **{row['status']}**\n" for row in shows(name))
     text += "\n# All rows\n"
     for item in dict.fromkeys(row["item"] for row in rows):
@@ -2148,11 +2150,12 @@ def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = Fal
 
 
 # %% [markdown]
-# Commands for one node of eight GPUs, and for 64 such nodes, are shown and wait for the hardware.
+# Commands for one node of eight GPUs, and for 64 such nodes, are shown and wait for the hardware (`train.py` stands for
+# any script or module).
 
 # %%
 launch("train.py", "--model", "7B", nproc=8, gpus=True)
-launch("train.py", "--model", "70B", nproc=8, nnodes=64, gpus=True)
+_ = launch("train.py", "--model", "70B", nproc=8, nnodes=64, gpus=True)
 
 # %%
 from llama2lib.recipes import cache_folder, write_atomic

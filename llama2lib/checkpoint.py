@@ -322,6 +322,8 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     copy what you keep. ValueError or FileNotFoundError names the file, tensor or field that is wrong.
     """
     folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file: give the folder that holds it")
     if not folder.is_dir():
         previous = folder.with_name(f".{folder.name}.previous")
         hint = f"; an interrupted save left the one before in {previous}" if previous.is_dir() else ""
@@ -334,8 +336,9 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         raise ValueError(f"{pickles[0]}: expected safetensors; convert the folder with transformers: {convert}")
     raise FileNotFoundError(
-        f"{folder}: no checkpoint; expected config.json with model.safetensors (or model.safetensors.index.json and "
-        "the files it names), or params.json with consolidated.00.pth …"
+        f"{folder}: no checkpoint among {sorted(f.name for f in folder.iterdir())[:8]}; expected config.json with "
+        "model.safetensors (or model.safetensors.index.json and the files it names), or params.json with "
+        "consolidated.00.pth …"
     )
 
 

@@ -3,8 +3,8 @@
 __all__ = [
     "conversations",
     "manual",
-    "source_code",
     "docstrings",
+    "source_code",
     "read_documents",
     "cut",
     "Source",
@@ -54,8 +54,8 @@ def manual() -> list[str]:
 
 
 @cache
-def source_code() -> list[str]:
-    "The standard library's modules, without its tests and its tables of character codes."
+def _modules() -> list[tuple[str, list]]:
+    "The standard library's modules, without tests and tables of character codes: (text, [(name, docstring node)])."
     folder = Path(sysconfig.get_paths()["stdlib"])
     left_out = {
         "test",
@@ -67,23 +67,34 @@ def source_code() -> list[str]:
         "pydoc_data",
         "__pycache__",
     }
-    files = (f for f in sorted(folder.rglob("*.py")) if not left_out & set(f.relative_to(folder).parts))
-    return [text for text in (f.read_text("utf-8", errors="replace") for f in files) if text.strip()]
+    modules, documented = [], (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for file in sorted(folder.rglob("*.py")):
+        if left_out & set(file.relative_to(folder).parts):
+            continue
+        text = file.read_text("utf-8", errors="replace")
+        try:
+            nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, documented)]
+        except SyntaxError:  # templates and deliberately broken files
+            continue
+        modules.append((text, [(getattr(n, "name", ""), n) for n in nodes if ast.get_docstring(n)]))
+    return modules
 
 
 @cache
 def docstrings() -> list[str]:
     "The standard library's docstrings, a module a document."
-    documented, texts = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef), []
-    for code in source_code():
-        try:
-            nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, documented)]
-        except SyntaxError:  # templates and deliberately broken files
-            continue
-        found = [(getattr(node, "name", ""), ast.get_docstring(node)) for node in nodes]
-        text = "\n\n".join(f"{name}\n{doc}".strip() for name, doc in found if doc)
-        texts += [text] if text else []
-    return texts
+    texts = ("\n\n".join(f"{name}\n{ast.get_docstring(n)}".strip() for name, n in found) for _, found in _modules())
+    return [text for text in texts if text]
+
+
+@cache
+def source_code() -> list[str]:
+    "The standard library's code, a module a document, without its docstrings: those are a source of their own."
+    texts = []
+    for text, found in _modules():
+        gone = {row for _, n in found for row in range(n.body[0].lineno, n.body[0].end_lineno + 1)}
+        texts.append("".join(line for row, line in enumerate(text.splitlines(keepends=True), 1) if row not in gone))
+    return [text for text in texts if text.strip()]
 
 def read_documents(path: str | Path) -> list[str]:
     """Documents of a text file, a JSONL file (field `text`), or a folder of such. Long texts are cut at blank lines.
@@ -151,6 +162,7 @@ class Source:
 
     @property
     def characters(self) -> int:
+        "Unicode characters in all documents."
         return sum(map(len, self.documents))
 
     @property
@@ -166,9 +178,8 @@ class Source:
         for document, digest in zip(self.documents, digests, strict=True):
             parts[digest <= limit].append(document)
         if not parts[0]:
-            raise ValueError(
-                f"{len(self.documents)} documents, all the same: expected two to train on one and test on one"
-            )
+            what = f"{len(self.documents)} documents, {len(set(self.documents))} of them different"
+            raise ValueError(f"{what} ({self.characters} characters): expected at least two, one to test on")
         return parts
 
 

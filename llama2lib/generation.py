@@ -16,6 +16,7 @@ __all__ = [
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -49,7 +50,10 @@ def sample(
 
 @dataclass
 class Completion:
-    "What a model added to one prompt: `finished` tells that it ended with EOS, which is then the last token."
+    """What a model added to one prompt: `finished` tells that it ended with EOS, which is then the last token.
+
+    `logprobs`: natural logarithms, one for each token.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -77,11 +81,11 @@ def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> list[list[i
 
 def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> list[np.random.Generator]:
     "A generator for every row, prompt-major, from one seed (and the prompt's place) or a seed for each prompt."
-    try:
-        keys = [(operator.index(seed), i) for i in range(prompts)]
-    except TypeError:
-        keys = [(operator.index(one), 0) for one in seed]
-    if len(keys) != prompts or any(key < 0 for key, _ in keys):
+    if isinstance(seed, Integral):
+        keys = [(int(seed), i) for i in range(prompts)]
+    else:
+        keys = [(one, 0) for one in seed] if isinstance(seed, Sequence | np.ndarray) else []
+    if len(keys) != prompts or not all(isinstance(key, Integral) and key >= 0 for key, _ in keys):
         raise ValueError(f"seed {seed!r} for {prompts} prompts: expected one number >= 0, or one for each prompt")
     sequences = [np.random.SeedSequence(key, spawn_key=(i, n)) for key, i in keys for n in range(num_samples)]
     return [np.random.default_rng(sequence) for sequence in sequences]
@@ -100,10 +104,15 @@ def decode(
 ) -> Iterator[list[tuple[int, int, float]]]:
     "Yield, step by step, (row, token, log-probability) of every row that is still open. Arguments as in `generate`."
     prompts, context = check_prompts(model, prompts), model.config.max_seq_len
-    if not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1 or num_samples < 1:
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_samples", num_samples, 1)):
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
+    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < model.config.vocab_size):
+        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {model.config.vocab_size - 1}")
+    real = isinstance(temperature, Real) and isinstance(top_p, Real)
+    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
         raise ValueError(
-            f"temperature {temperature}, top_p {top_p}, num_samples {num_samples}: expected a temperature of 0 or at "
-            "least 1e-4, 0 < top_p <= 1, and at least one sample"
+            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
         )
     streams = row_streams(seed, len(prompts), num_samples)
     if not prompts or max_new_tokens < 1:
@@ -159,15 +168,16 @@ def generate(
     distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
     on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
     Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range;
-    FloatingPointError when the logits are not finite.
+    TypeError for prompts that are not lists of ids; FloatingPointError when the logits are not finite.
     """
-    results = [Completion([], [], False) for _ in range(len(prompts) * num_samples)]
+    results: dict[int, Completion] = {}
     for step in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples):
         for row, token, logprob in step:
-            results[row].tokens.append(token)
-            results[row].logprobs.append(logprob)
-            results[row].finished = token == eos_id
-    return results
+            completion = results.setdefault(row, Completion([], [], False))
+            completion.tokens.append(token)
+            completion.logprobs.append(logprob)
+            completion.finished = token == eos_id
+    return [results.get(row, Completion([], [], False)) for row in range(len(prompts) * num_samples)]
 
 
 def stream(
@@ -179,6 +189,6 @@ def stream(
     seed: int = 0,
     eos_id: int | None = None,
 ) -> Iterator[int]:
-    "Yield the tokens that continue one prompt as they are drawn: the same tokens as `generate` returns."
+    "Yield the tokens that continue one prompt as they are drawn: the same tokens, and errors, as `generate` gives."
     for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, num_samples=1):
         yield step[0][1]

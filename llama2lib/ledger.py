@@ -340,6 +340,8 @@ def gallery(rows: list[Row]) -> str:
     names = [path.name for path in (ROOT / "figures").glob("*") if path.suffix in (".png", ".svg")]
     for name in sorted(names):
         text += f"\n## {Path(name).stem.replace('_', ' ')}\n\n![{Path(name).stem}]({name})\n\n"
+        for chapter in (ROOT / "chapters").glob(f"{name[:2]}_*.ipynb"):
+            text += f"Drawn and explained in [{chapter.stem}](../chapters/{chapter.name}).\n\n"
         text += "".join(f"- {row['item']}: {cell(row['claim'])}: **{row['status']}**\n" for row in shows(name))
     text += "\n# All rows\n"
     for item in dict.fromkeys(row["item"] for row in rows):

@@ -38,7 +38,10 @@ def swiglu_width(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> i
 
 @dataclass(frozen=True)
 class ModelConfig:
-    "The shape of a Llama 2 model (Table 1; widths from the released weights). The defaults are 7B."
+    """The shape of a Llama 2 model (Table 1; widths from the released weights). The defaults are 7B.
+
+    ValueError, naming the field, for a shape that cannot be built.
+    """
 
     dim: int = 4096
     n_layers: int = 32
@@ -52,8 +55,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"ModelConfig.{name} = {value!r}: expected a positive number")
+            kind = float if name in ("norm_eps", "rope_theta") else int
+            if not isinstance(value, int | kind) or not value > 0:
+                raise ValueError(f"ModelConfig.{name} = {value!r}: expected a positive {kind.__name__}")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} over n_heads {self.n_heads}: expected an even whole number per head")
         if self.n_heads % self.n_kv_heads:
@@ -131,7 +135,10 @@ def apply_rope(x: Float[Tensor, "B T N H"], rope: Float[Tensor, "#B T H//2 2"]) 
 # ---------- chapters/01_architecture.py · The KV cache
 
 class KVCache:
-    "Keys and values of every layer, (B K S H) each, preallocated; `lengths` (B) counts the tokens held by each row."
+    """Keys and values of every layer, (B K S H) each, preallocated; `lengths` (B) counts the tokens held by each row.
+
+    ValueError when `length` is over the model's context.
+    """
 
     def __init__(self, model: "Llama", batch: int, length: int):
         config, weight = model.config, model.tok_embeddings.weight
@@ -251,12 +258,16 @@ class Llama(nn.Module):
         """The normalised state of every token, before the output matrix.
 
         With a cache, `tokens` continue its rows: they are written behind what each row holds, and `lengths` grows by T.
+        ValueError for more tokens than the context or the cache has room for.
         """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected rows of tokens, (B T)")
         batch, length = tokens.shape
         if length > self.config.max_seq_len:
             raise ValueError(f"{length} tokens are more than the context of {self.config.max_seq_len}")
         if self.rope.device != tokens.device:
-            self.rope = rope_table(self.config, tokens.device)
+            with torch.inference_mode(False):  # built while generating, it must still serve training
+                self.rope = rope_table(self.config, tokens.device)
         rope, mask, where = self.rope[:length], None, None
         if cache is not None:
             rows, _, room, _ = cache.keys[0].shape

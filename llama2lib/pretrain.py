@@ -51,10 +51,12 @@ class PretrainConfig:
 
     @property
     def batch_rows(self) -> int:
+        "Rows of `max_seq_len` tokens in an optimiser step: `batch_tokens`, rounded to whole rows."
         return max(1, round(self.batch_tokens / self.max_seq_len))
 
     @property
     def steps(self) -> int:
+        "Optimiser steps of the run."
         return max(1, round(self.tokens / self.batch_tokens))
 
 
@@ -89,8 +91,9 @@ def rows(stream: np.ndarray, length: int, seed: int | None = None) -> torch.Tens
 
 
 def pretrain(model: Llama, stream: np.ndarray, config: PretrainConfig, seed: int = 0) -> Iterator[Step]:
-    """Train `model` on a 1-D stream of token ids, yielding a `Step` after each step; goes round when the stream ends.
+    """Train `model` on a 1-D array of token ids, yielding a `Step` after each step; goes round when the array ends.
 
+    Leaves the model in training mode. ValueError when the array does not fill one row.
     Raises FloatingPointError, before the weights change, when the loss or the gradient is not finite.
     """
     device = model.tok_embeddings.weight.device

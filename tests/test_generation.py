@@ -6,6 +6,7 @@ import torch
 from conftest import greedy, random_model
 
 from llama2lib.generation import Completion, generate, sample, stream
+from llama2lib.model import Llama
 
 PROMPTS = [[1, 5, 9], [1, 7, 7, 7, 90, 31, 8], [1], [3, 2, 1, 0]]
 
@@ -141,13 +142,38 @@ def test_a_huge_limit_costs_nothing():
 
 
 SETTINGS = [dict(temperature=-1), dict(temperature=float("nan")), dict(temperature=1e-40), dict(top_p=0)]
-SETTINGS += [dict(top_p=1.5), dict(seed=[1, 2]), dict(seed=-1), dict(num_samples=0)]
+SETTINGS += [dict(top_p=1.5), dict(seed=[1, 2]), dict(seed=-1), dict(num_samples=0), dict(num_samples=1.5)]
+SETTINGS += [
+    dict(temperature="hot"),
+    dict(seed=None),
+    dict(seed=1.0),
+    dict(seed=[1.5]),
+    dict(eos_id=97),
+    dict(eos_id=[2]),
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="expected"):
         generate(random_model(), [[1]], 4, **settings)
+
+
+@pytest.mark.parametrize("limit", [-1, "5", 5.0])
+def test_a_limit_that_is_no_number_of_tokens_is_refused(limit):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(random_model(), [[1]], limit)
+
+
+def test_a_model_that_has_generated_can_be_trained():
+    "On a device where the rotation table is built late, it must not be a tensor of inference mode."
+    filled = random_model()
+    with torch.device("meta"):
+        model = Llama(filled.config)
+    model.load_state_dict(filled.state_dict(), assign=True)
+    generate(model, [[1]], 3)
+    model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
+    assert model.layers[0].attention.wq.weight.grad is not None
 
 
 def test_no_prompts_and_no_tokens_give_nothing():

@@ -33,6 +33,14 @@ def test_four_real_domains_come_with_the_installation(sources):
     assert sum(shares(sources).values()) == pytest.approx(1)
 
 
+def test_docstrings_do_not_leak_into_the_code(sources):
+    "They would be trained on in one source and held out in the other."
+    code = "".join(sources["source code"].documents)
+    lines = [line.strip() for text in sources["docstrings"].split()[1] for line in text.split("\n")]
+    lines = [line for line in lines if len(line) > 60]
+    assert len(lines) > 100 and sum(line in code for line in lines) < 0.05 * len(lines)
+
+
 def test_factual_sources_are_upsampled(sources):
     plain = {name: replace(source, upsampling=1) for name, source in sources.items()}
     assert shares(sources)["manual"] > 5 * shares(plain)["manual"]
@@ -54,7 +62,7 @@ def test_a_small_source_holds_out_at_least_one_text_with_its_copies(documents):
 
 
 def test_a_single_text_cannot_be_split():
-    with pytest.raises(ValueError, match="expected two"):
+    with pytest.raises(ValueError, match="2 documents, 1 of them different"):
         Source(("a", "a")).split()
 
 

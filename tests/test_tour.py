@@ -21,12 +21,16 @@ def test_it_runs_on_a_text_of_ones_own(tmp_path):
     ran = tour(tmp_path / "my text.txt", tmp_path / "cache")
     assert ran.returncode == 0, ran.stderr
     assert "my text.txt" in ran.stdout and "'config.json'" in ran.stdout
-    assert (tmp_path / "cache" / "tour" / "smoke" / "my text" / "base" / "model.safetensors").exists()
+    assert list((tmp_path / "cache" / "tour" / "smoke").glob("my text.txt-*/base/model.safetensors"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"caf\xe9 " * 99, "byte 3 is not UTF-8 text"), (b"", "no text in 1 file"), (b"one verse", "expected two")],
+    [
+        (b"caf\xe9 " * 99, "byte 3 is not UTF-8 text"),
+        (b"", "no text in 1 file"),
+        (b"one verse", "9 characters are too few"),
+    ],
 )
 def test_a_text_that_will_not_do_stops_it_with_the_reason(tmp_path, content, message):
     (tmp_path / "bad.txt").write_bytes(content)
