@@ -566,7 +566,7 @@ def test_no_checkpoint(tmp_path, hf):
     fails(tmp_path / "nowhere", FileNotFoundError, "nowhere: no such folder")
     fails(hf / "config.json", ValueError, "is a file: give the folder")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", FileNotFoundError, r"empty: no checkpoint among \[\]; expected config.json .* or params.json")
+    fails(tmp_path / "empty", FileNotFoundError, r"empty: no checkpoint among \[\]; expected config.json .*params.json")
     (tmp_path / "empty/pytest.txt").write_text("")
     (tmp_path / "empty/pytorch_model.bin").write_bytes(b"")
     fails(tmp_path / "empty", ValueError, r"pytorch_model\.bin: expected safetensors; convert .* transformers")
