@@ -11,6 +11,8 @@ __all__ = [
     "config_from_meta",
     "config_to_meta",
     "read_tensors",
+    "local_block",
+    "copy_weights",
     "load_checkpoint",
     "save_checkpoint",
     "save_meta",
@@ -28,12 +30,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llama2lib.model import Llama, ModelConfig, swiglu_width
 
@@ -344,6 +348,40 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
 
 # ---------- chapters/01_architecture.py · Loading
 
+def local_block(parameter: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+    """What this rank holds of a parameter, and which block of the whole that is.
+
+    A matrix may be divided twice: by the last dimension of its device mesh first (tensor parallelism), and what is left
+    by the first (FSDP), in equal parts of which the last may be smaller or empty.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(0, size) for size in parameter.shape)
+    mesh, start, size = parameter.device_mesh, [0] * parameter.ndim, list(parameter.shape)
+    for axis in reversed(range(mesh.ndim)):
+        if not parameter.placements[axis].is_replicate():
+            dim = parameter.placements[axis].dim
+            part = -(-size[dim] // mesh.size(axis))
+            skipped = min(part * mesh.get_local_rank(axis), size[dim])
+            start[dim], size[dim] = start[dim] + skipped, min(part, size[dim] - skipped)
+    return parameter.to_local(), tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
+
+
+@torch.no_grad()
+def copy_weights(model: Llama, pieces: Iterator[_Piece]):
+    "Copy the pieces of a checkpoint (see `read_tensors`) into a model, whole or sharded; every rank reads for itself."
+    blocks = {name: local_block(parameter) for name, parameter in model.named_parameters()}
+    for name, index, tensor in pieces:
+        local, block = blocks[name]
+        places = [(i.start or 0, held) for i, held in zip(index, block, strict=True)]
+        both = [(max(at, b.start), min(at + n, b.stop)) for (at, b), n in zip(places, tensor.shape, strict=True)]
+        if all(low < high for low, high in both):
+            target, source = (
+                tuple(slice(low - at, high - at) for (low, high), at in zip(both, origin, strict=True))
+                for origin in ([b.start for b in block], [at for at, _ in places])
+            )
+            local[target].copy_(tensor[source])
+
+
 def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llama:
     """The model in a Hugging Face or Meta folder, whichever it is.
 
@@ -356,10 +394,7 @@ def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llam
         .to(dtype or stored)
         .to_empty(device=torch.get_default_device() if device is None else device)
     )
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, index, tensor in pieces:
-            parameters[name][index].copy_(tensor)
+    copy_weights(model, pieces)
     return model
 
 
@@ -401,6 +436,45 @@ def _write_json(file: Path, fields: dict):
     file.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
+def _whole(parameter: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
+    "A parameter on the CPU; of a sharded one all ranks gather the parts, and those that do not `keep` it drop it."
+    tensor = parameter.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to("cpu", dtype).contiguous() if keep else None
+
+
+def _sharded(model: Llama) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def _writes(model: Llama) -> bool:
+    "Whether this process writes the model's files: always, but of a sharded model rank 0 does."
+    return not _sharded(model) or dist.get_rank() == 0
+
+
+def _write_once(model: Llama, files: Iterator, write):
+    """`write(files)` where `_writes` says so; `files` gathers tensors as it is read, so other ranks read it as well.
+
+    Whatever goes wrong while writing is raised on every rank.
+    """
+    sharded, error = _sharded(model), None
+    if _writes(model):
+        try:
+            write(files)
+        except Exception as caught:
+            error = caught
+    if sharded:
+        for _ in files:
+            pass
+    if sharded:
+        message = [error and f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(message, src=0)
+        if message[0] and error is None:
+            raise RuntimeError(f"rank 0 could not save: {message[0]}")
+    if error is not None:
+        raise error
+
+
 def _tokenizer_file(tokenizer, path, config: ModelConfig) -> Path | None:
     "The tokenizer to store: the one given, or the one that is there. ValueError if it is not the model's."
     file = Path(path).expanduser() / "tokenizer.model" if tokenizer is None else Path(tokenizer.path)
@@ -437,63 +511,87 @@ def _tokenizer_json(pieces: SentencePieceProcessor) -> dict:
         "model": model | {"vocab": vocab, "merges": [pair for *_, pair in sorted(merges)]},
     }
 
-def save_checkpoint(model: Llama, path, tokenizer=None, shard_bytes: int = 5_000_000_000):
+def save_checkpoint(
+    model: Llama, path, tokenizer=None, shard_bytes: int = 5_000_000_000, dtype: torch.dtype | None = None
+):
     """Write a Hugging Face folder, replacing the one that is there, never leaving a broken one.
 
     `tokenizer`: anything with the `path` of a SentencePiece BPE file; without one, the folder keeps its own. Weights
-    that take more than `shard_bytes` go to several files; each is prepared in memory before it is written. One process
+    that take more than `shard_bytes` go to several files; each is prepared in memory before it is written. `dtype`: the
+    numbers' format, the model's if None. Of a sharded model every rank calls this, and rank 0 writes. One process
     writes at a time. ValueError for another vocabulary, FileExistsError for a folder that holds anything else.
     """
-    config, dtype = model.config, model.tok_embeddings.weight.dtype
+    config, dtype = model.config, dtype or model.tok_embeddings.weight.dtype
     vocabulary = _tokenizer_file(tokenizer, path, config)
     pieces = vocabulary and SentencePieceProcessor(model_file=str(vocabulary))
     if (old := Path(path).expanduser() / "config.json").exists() and _read_json(old).get("model_type") != "llama":
         raise FileExistsError(f"{old} is not a Llama's: save to a new folder")
     groups, size = [{}], 0
     for name, p in model.named_parameters():
-        if size and size + p.nbytes > shard_bytes:
+        if size and size + p.numel() * dtype.itemsize > shard_bytes:
             groups, size = [*groups, {}], 0
-        groups[-1][layout(name)[0]], size = p.detach(), size + p.nbytes
+        groups[-1][layout(name)[0]], size = p, size + p.numel() * dtype.itemsize
     heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
     ours = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?|tokenizer(_config\.json|\.json|\.model)"
-    with _replacing(path, ours) as folder:
-        places = {}
-        for i, group in enumerate(groups, 1):
-            file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            tensors = {key: p.cpu().contiguous() for key, p in group.items()}
-            for key in tensors:
+    writes = _writes(model)
+
+    def files():
+        for group in groups:
+            tensors = {key: _whole(p, dtype, keep=writes) for key, p in group.items()}
+            for key in tensors if writes else ():
                 if (matrix := key.split(".")[-2]) in heads:
                     tensors[key] = interleaved_to_halves(tensors[key], heads[matrix]).contiguous()
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(group, file)
-        if len(groups) > 1:
-            total = {"total_size": sum(p.nbytes for p in model.parameters())}
-            _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": places})
-        ids = {} if pieces is None else {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
-        if pieces is not None:
-            fields = {f"{name}_token": pieces.id_to_piece(i) for name, i in ids.items()}
-            fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            _write_json(folder / "tokenizer_config.json", fields)
-            _write_json(folder / "tokenizer.json", _tokenizer_json(pieces))
-            shutil.copyfile(vocabulary, folder / "tokenizer.model")
-        _write_json(folder / "config.json", config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2)))
+            yield tensors
 
-def save_meta(model: Llama, path, shards: int = 1, tokenizer=None):
+    def write(files):
+        with _replacing(path, ours) as folder:
+            places = {}
+            for i, tensors in enumerate(files, 1):
+                file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                places |= dict.fromkeys(tensors, file)
+            if len(groups) > 1:
+                total = {"total_size": config.num_params * dtype.itemsize}
+                _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": places})
+            ids = {} if pieces is None else {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
+            if pieces is not None:
+                fields = {f"{name}_token": pieces.id_to_piece(i) for name, i in ids.items()}
+                fields |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+                _write_json(folder / "tokenizer_config.json", fields)
+                _write_json(folder / "tokenizer.json", _tokenizer_json(pieces))
+                shutil.copyfile(vocabulary, folder / "tokenizer.model")
+            _write_json(folder / "config.json", config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2)))
+
+    _write_once(model, files(), write)
+
+def save_meta(model: Llama, path, shards: int = 1, tokenizer=None, dtype: torch.dtype | None = None):
     """Write Meta's layout, divided for model parallelism into `shards` files; replaces as `save_checkpoint` does.
 
-    ValueError if heads, key/value heads, widths or vocabulary do not divide. The format has no context length.
+    `dtype`, and models that are sharded: as there. ValueError if heads, key/value heads, widths or vocabulary do not
+    divide. The format has no context length.
     """
-    config = model.config
+    config, dtype = model.config, dtype or model.tok_embeddings.weight.dtype
     for name in ("n_heads", "n_kv_heads", "dim", "hidden_dim", "vocab_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise ValueError(f"{name} = {getattr(config, name)} cannot be divided among {shards} shards")
     vocabulary = _tokenizer_file(tokenizer, path, config)
-    with _replacing(path, r"params\.json|consolidated\.\d\d\.pth|tokenizer\.model") as folder:
+    writes = _writes(model)
+
+    def files():
         for i in range(shards):
-            parts = {name: p.detach()[_part(name, p.shape, i, shards)] for name, p in model.named_parameters()}
-            if shards > 1:  # a slice would be stored with all of its matrix
-                parts = {name: part.clone() for name, part in parts.items()}
-            torch.save({name: part.cpu() for name, part in parts.items()}, folder / f"consolidated.{i:02d}.pth")
-        if vocabulary:
-            shutil.copyfile(vocabulary, folder / "tokenizer.model")
-        _write_json(folder / "params.json", config_to_meta(config))
+            parts = {}
+            for name, p in model.named_parameters():
+                whole = _whole(p, dtype, keep=writes)
+                if writes:  # a slice would be stored with all of its matrix
+                    parts[name] = whole if shards == 1 else whole[_part(name, p.shape, i, shards)].clone()
+            yield parts
+
+    def write(files):
+        with _replacing(path, r"params\.json|consolidated\.\d\d\.pth|tokenizer\.model") as folder:
+            for i, parts in enumerate(files):
+                torch.save(parts, folder / f"consolidated.{i:02d}.pth")
+            if vocabulary:
+                shutil.copyfile(vocabulary, folder / "tokenizer.model")
+            _write_json(folder / "params.json", config_to_meta(config))
+
+    _write_once(model, files(), write)
