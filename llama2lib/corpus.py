@@ -13,6 +13,8 @@ __all__ = [
     "describe",
     "shares",
     "mix",
+    "token_dtype",
+    "encoded",
     "token_stream",
 ]
 
@@ -27,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -229,14 +232,48 @@ def mix(sources: Mapping[str, Sequence[str]], shares: Mapping[str, float], seed:
         drawn[name] += len(document)
         yield name, document
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    "The type of stored token ids: little-endian uint16 where the vocabulary fits, else uint32."
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def encoded(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (document, its ids between one BOS and one EOS), tokenised some at a time in several threads.
+
+    ValueError when a tokenizer gives an id outside its vocabulary, or BOS or EOS inside a document.
+    """
+    dtype, tokens = token_dtype(tokenizer.vocab_size), (tokenizer.bos_id, tokenizer.eos_id)
+    for batch in _batches(documents):
+        ids = tokenizer.encode_batch(batch, bos=True, eos=True)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        flat = np.fromiter(chain.from_iterable(ids), np.int64, lengths.sum())
+        if flat.min() < 0 or flat.max() >= tokenizer.vocab_size:
+            size = tokenizer.vocab_size
+            raise ValueError(f"ids from {flat.min()} to {flat.max()}: the vocabulary has ids 0 to {size - 1}")
+        if any((flat == token).sum() != len(batch) for token in tokens):
+            raise ValueError(f"one of {len(batch)} documents holds BOS or EOS ({tokens[0]}, {tokens[1]}) inside")
+        yield from zip(batch, np.split(flat.astype(dtype), lengths.cumsum()[:-1]), strict=True)
+
+
+def _batches(documents: Iterable[str], characters: int = 2**18) -> Iterator[list[str]]:
+    "Documents in lists of at least so many characters (fewer at the end)."
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
 
 def token_stream(tokenizer: Tokenizer, documents: Iterable[str], limit: int | None = None) -> np.ndarray:
     "BOS, document, EOS, BOS, next document, … as one array of uint16 or uint32, at most `limit` tokens; 1-D."
     pieces, total = [], 0
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    for document in documents:
-        pieces.append(np.array(tokenizer.encode(document, bos=True, eos=True), dtype))
-        total += len(pieces[-1])
+    for _, ids in encoded(tokenizer, documents):
+        pieces.append(ids)
+        total += len(ids)
         if limit is not None and total >= limit:
             break
     if not pieces:
