@@ -245,14 +245,17 @@ class Llama(nn.Module):
         self.init_weights()
         self.rope = rope_table(config, self.tok_embeddings.weight.device)
 
+    def init_std(self, name: str) -> float | None:
+        "Standard deviation that a parameter is drawn with; None for the norms, which begin at 1 (ours; see above)."
+        if name.endswith("norm.weight"):
+            return None
+        return 0.02 / (2 * self.config.n_layers) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02
+
     def init_weights(self):
         "Draw all weights anew from the global generator (ours: N(0, 0.02²), scaled by depth for wo and w2)."
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            else:
-                writes = name.endswith(("wo.weight", "w2.weight"))
-                nn.init.normal_(parameter, std=0.02 / (2 * self.config.n_layers) ** 0.5 if writes else 0.02)
+            std = self.init_std(name)
+            nn.init.ones_(parameter) if std is None else nn.init.normal_(parameter, std=std)
 
     def hidden(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
         """The normalised state of every token, before the output matrix.

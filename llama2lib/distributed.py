@@ -1,0 +1,345 @@
+"""Generated from chapters/02_pretraining.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "processes",
+    "Parallel",
+    "make_mesh",
+    "check_tp",
+    "tensor_parallel",
+    "KEPT",
+    "recompute",
+    "parallelize",
+    "data_ranks",
+    "init_weights",
+    "training_tensors",
+    "StateFolder",
+]
+
+
+# ---------- chapters/02_pretraining.py · Many GPUs
+
+import json
+import os
+import pickle
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from llama2lib.checkpoint import local_block
+from llama2lib.model import Llama, ModelConfig
+from llama2lib.recipes import write_atomic
+
+
+@contextmanager
+def processes() -> Iterator[torch.device]:
+    "Join the processes that torchrun started (gloo on CPUs, NCCL on GPUs), if it did; yields this process's device."
+    cuda, launched = torch.cuda.is_available(), "RANK" in os.environ
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if cuda or launched:  # a single GPU is a group of one: FSDP then keeps float32 weights beside bfloat16 passes
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Parallel:
+    "How a training step is divided among ranks and its memory spent; changes speed and memory, not the result."
+
+    tp: int = 1  # tensor parallelism: ranks that divide every matrix among them; at most the GPUs of one node
+    ac: Literal["none", "selective", "full"] = "none"  # activations recomputed: none, all but matrix products, all
+    compile: bool = False  # torch.compile every block
+    reduce: Literal["step", "micro_batch"] = "step"  # gradients are summed over ranks once a step (fast), or after
+    # every micro-batch (little memory: a rank never keeps more than its slice)
+
+
+def make_mesh(parallel: Parallel, device_type: str) -> DeviceMesh | None:
+    "The ranks as a grid (dp, tp), neighbours in tp; None for one process on a CPU. ValueError if tp does not divide."
+    if not dist.is_initialized():
+        if parallel.tp > 1:
+            raise ValueError(f"tp {parallel.tp} needs {parallel.tp} processes: start it with torchrun")
+        return None
+    ranks = dist.get_world_size()
+    if ranks % parallel.tp:
+        raise ValueError(f"tp {parallel.tp} does not divide {ranks} ranks")
+    if parallel.tp == 1:
+        return init_device_mesh(device_type, (ranks,), mesh_dim_names=("dp",))
+    return init_device_mesh(device_type, (ranks // parallel.tp, parallel.tp), mesh_dim_names=("dp", "tp"))
+
+
+# ---------- chapters/02_pretraining.py · Tensor parallelism
+
+def check_tp(config: ModelConfig, tp: int):
+    "ValueError, with the numbers, when a model does not divide into `tp` equal parts."
+    for name in ("n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len"):
+        if getattr(config, name) % tp:
+            raise ValueError(f"tp {tp} does not divide {name} {getattr(config, name)}")
+
+
+def tensor_parallel(model: Llama, mesh: DeviceMesh):
+    "Divide every matrix among the ranks of a 1-D mesh, and the tokens of a row between them; in place."
+    check_tp(model.config, mesh.size())
+    one, rows = Replicate(), Shard(1)  # (B T D): all tokens on every rank, or a part of the tokens
+    outer = {
+        "tok_embeddings": RowwiseParallel(input_layouts=one, output_layouts=rows),
+        "norm": SequenceParallel(),
+        "output": ColwiseParallel(input_layouts=rows, output_layouts=Shard(-1), use_local_output=False),
+    }
+    block = {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(
+            input_layouts=(rows, None, None, None), desired_input_layouts=(one, None, None, None)
+        ),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": PrepareModuleInput(input_layouts=(rows,), desired_input_layouts=(one,)),
+    }
+    for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1", "feed_forward.w3"):
+        block[name] = ColwiseParallel()
+    for name in ("attention.wo", "feed_forward.w2"):
+        block[name] = RowwiseParallel(output_layouts=rows)
+    parallelize_module(model, mesh, outer)
+    for layer in model.layers:
+        parallelize_module(layer, mesh, block)
+
+
+# ---------- chapters/02_pretraining.py · Activations, compilation, FSDP
+
+KEPT = {  # results that selective recomputation keeps
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recompute(model: Llama, ac: str):
+    "Let every block recompute its activations in the backward pass: 'none', 'selective' or 'full'; in place."
+    if ac == "none":
+        return
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if ac == "selective" else {}
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **context)
+
+
+def parallelize(model: Llama, mesh: DeviceMesh | None, parallel: Parallel, dtype: torch.dtype | None = None) -> Llama:
+    """Divide a model, on any device or none ('meta'), over a mesh from `make_mesh`; in place.
+
+    `dtype` of the passes, such as bfloat16; weights, the gradients' sums and the optimizer keep the model's. None: the
+    model's throughout. Without a mesh only recomputation and compilation are applied.
+    """
+    if mesh is not None and parallel.tp > 1:
+        tensor_parallel(model, mesh["tp"])
+    recompute(model, parallel.ac)
+    if parallel.compile:
+        for layer in model.layers:
+            layer.compile()
+    if mesh is not None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False
+        )
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh["dp"], mp_policy=policy)
+        fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
+    return model
+
+
+def data_ranks(model: Llama) -> tuple[int, int, dist.ProcessGroup | None]:
+    "Which part of the rows this rank trains on, among how many, and their process group: read off the model's weights."
+    weight = model.tok_embeddings.weight
+    if not isinstance(weight, DTensor):
+        return 0, 1, None
+    mesh = weight.device_mesh["dp"]
+    return mesh.get_local_rank(), mesh.size(), mesh.get_group()
+
+
+# ---------- chapters/02_pretraining.py · Weights without a whole model
+
+@torch.no_grad()
+def init_weights(model: Llama, seed: int, rows: int = 256):
+    "Draw the weights of a whole or sharded model: the same for any number of ranks, as `Llama.init_std` says."
+    generator = torch.Generator()
+    for name, parameter in model.named_parameters():
+        local, block = local_block(parameter)
+        std = model.init_std(name)
+        if std is None:
+            local.fill_(1.0)
+            continue
+        for row in range(block[0].start // rows * rows, block[0].stop, rows):
+            generator.manual_seed(zlib.crc32(f"{seed} {name} {row}".encode()))
+            drawn = torch.empty(min(rows, parameter.shape[0] - row), parameter.shape[1])
+            drawn.normal_(0, std, generator=generator)
+            low, high = max(row, block[0].start), min(row + rows, block[0].stop)
+            local[low - block[0].start : high - block[0].start].copy_(drawn[low - row : high - row, block[1]])
+
+
+# ---------- chapters/02_pretraining.py · Checkpoints of a run
+
+class _ContentsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        dcp_class = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        if dcp_class or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's table of contents")
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            contents = _ContentsOnly(file).load()
+        contents.storage_meta = contents.storage_meta or dcp.metadata.StorageMeta()
+        contents.storage_meta.load_id = self.load_id
+        return contents
+
+
+def training_tensors(model: Llama, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    "Every tensor that a step changes, whole or sharded, by name; AdamW's averages are made if there are none yet."
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        tensors[f"model.{name}"] = parameter.detach()
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def _rng_tensors() -> dict[str, Tensor]:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    states = {f"rng.cpu.{rank}": torch.get_rng_state()}
+    return states | ({f"rng.cuda.{rank}": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+class StateFolder:
+    """The checkpoints of a run: `folder`/step-00001000 …, the file `latest`, and at most `keep` of them.
+
+    All ranks call the methods together. With `in_background`, `save` returns when the tensors are copied.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, in_background: bool = False):
+        self.folder, self.keep, self.in_background = Path(folder), keep, in_background
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # not in the training's way
+        self.pending: tuple[Path, Future] | None = None
+
+    def latest(self) -> Path | None:
+        "The newest whole checkpoint; None if there is none. ValueError if `latest` names one that is gone."
+        try:
+            name = (self.folder / "latest").read_text("utf-8").strip()
+        except FileNotFoundError:
+            return None
+        if not re.fullmatch(r"step-\d{8}", name) or not (self.folder / name / "run.json").is_file():
+            raise ValueError(f"{self.folder / 'latest'} names {name!r}, not there: restore it, or delete latest")
+        return self.folder / name
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict):
+        "Write tensors and facts (JSON), the state after `step` steps; OSError, naming the last good one, if it fails."
+        self.wait()
+        target = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{target.name}.partial"
+        tensors = tensors | _rng_tensors()
+        with self._told(step):
+            if self._first():
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                write_atomic(partial / "run.json", json.dumps(facts | {"step": step}, indent=1) + "\n")
+        with self._told(step):
+            save = dcp.async_save if self.in_background else dcp.save
+            written = save(tensors, checkpoint_id=partial, process_group=self.group, no_dist=self.group is None)
+        self.pending = target, written
+        if not self.in_background:
+            self.wait()
+
+    def wait(self):
+        "Finish the save that is under way, if any: make it the newest checkpoint, and remove the oldest."
+        if self.pending is None:
+            return
+        (target, written), self.pending = self.pending, None
+        with self._told(int(target.name[5:])):
+            if self.in_background:
+                written.result()
+        with self._told(int(target.name[5:])):
+            if self._first():
+                shutil.rmtree(target, ignore_errors=True)
+                (self.folder / f".{target.name}.partial").rename(target)
+                write_atomic(self.folder / "latest", target.name + "\n")
+                saved = sorted(path for path in self.folder.glob("step-*"))
+                newer = [path for path in saved if path.name > target.name]  # of a run that was set back
+                for old in newer + saved[: len(saved) - len(newer)][: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, tensors: dict[str, Tensor]) -> dict:
+        "Read the newest checkpoint into `tensors`, in place, however they are divided; returns its facts."
+        newest = self.latest()
+        facts = json.loads((newest / "run.json").read_text("utf-8"))
+        reader = _Reader(newest)
+        stored = reader.read_metadata().state_dict_metadata
+        rng = {name: state for name, state in _rng_tensors().items() if name in stored}
+        dcp.load(tensors | rng, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        for name, state in rng.items():
+            (torch.cuda.set_rng_state if "cuda" in name else torch.set_rng_state)(state)
+        return facts
+
+    def _first(self) -> bool:
+        return self.group is None or dist.get_rank() == 0
+
+    @contextmanager
+    def _told(self, step: int):
+        "If the block fails on one rank, every rank raises."
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failures = [error and str(_cause(error))]
+        if self.group is not None:
+            failures = [None] * dist.get_world_size()
+            dist.all_gather_object(failures, error and str(_cause(error)), group=self.group)
+        if reasons := [reason for reason in failures if reason]:
+            if self._first():
+                shutil.rmtree(self.folder / f".step-{step:08d}.partial", ignore_errors=True)
+            good = self.latest()
+            raise OSError(
+                f"the state after step {step} could not be saved: {reasons[0]}; "
+                + (f"the last good checkpoint is {good}" if good else "there is no checkpoint yet")
+            ) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    "The reason inside DCP's error, which wraps those of all ranks."
+    failures = getattr(error, "failures", None)
+    return next(iter(failures.values()))[0] if failures else error
