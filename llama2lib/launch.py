@@ -2,6 +2,7 @@
 
 __all__ = [
     "torchrun_arguments",
+    "slurm_script",
     "first_failure",
     "launch",
 ]
@@ -19,17 +20,37 @@ from tempfile import TemporaryDirectory
 from llama2lib.recipes import ROOT
 
 
-def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1) -> list[str]:
+def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1, max_restarts: int = 0) -> list[str]:
     """Arguments of torchrun for a module (`llama2lib.sft`) or a script (a path that ends in .py).
 
     One node finds a free port by itself. With more, the same command is started on every node, and they meet at port
-    29500 of `$HEAD_NODE`, which the shell fills in.
+    29500 of `$HEAD_NODE`, which the shell fills in. After a failure all processes are started again, at most
+    `max_restarts` times.
     """
     meeting = ["--standalone"]
     if nnodes > 1:
         meeting = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", "--rdzv-id=llama2", "--rdzv-endpoint=$HEAD_NODE:29500"]
+    again = [f"--max-restarts={max_restarts}"] if max_restarts else []
     program = [module] if module.endswith(".py") else ["-m", module]
-    return [*meeting, f"--nproc-per-node={nproc}", *program, *map(str, args)]
+    return [*meeting, f"--nproc-per-node={nproc}", *again, *program, *map(str, args)]
+
+
+def slurm_script(module: str, *args, nnodes: int, nproc: int = 8, hours: int = 24, max_restarts: int = 3) -> str:
+    "A Slurm batch script, for `sbatch`: one torchrun on each of `nnodes` nodes of `nproc` GPUs, meeting at the first."
+    words = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes, max_restarts=max_restarts)
+    command = " ".join(f'"{word}"' if "$HEAD_NODE" in word else shlex.quote(word) for word in words)
+    return "\n".join([
+        "#!/bin/bash",
+        f"#SBATCH --job-name={module.rsplit('.')[-1]}",
+        f"#SBATCH --nodes={nnodes}",
+        "#SBATCH --ntasks-per-node=1",
+        f"#SBATCH --gpus-per-node={nproc}",
+        f"#SBATCH --time={hours}:00:00",
+        "#SBATCH --requeue",
+        'export HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        f"srun --kill-on-bad-exit=1 torchrun {command}",
+        "",
+    ])  # fmt: skip
 
 import json
 
@@ -48,7 +69,15 @@ def first_failure(logs: Path) -> str:
     return ""
 
 
-def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = False, env: dict | None = None) -> bool:
+def launch(
+    module: str,
+    *args,
+    nproc: int = 2,
+    nnodes: int = 1,
+    gpus: bool = False,
+    env: dict | None = None,
+    max_restarts: int = 0,
+) -> bool:
     """Print the torchrun command for a module or script, and run it if this machine can; True if it ran.
 
     CPU commands on one node run; with `gpus`, only if `LLAMA2_LAUNCH=1`; on several nodes, never (a cell is on one).
@@ -59,7 +88,7 @@ def launch(module: str, *args, nproc: int = 2, nnodes: int = 1, gpus: bool = Fal
     added = {key: str(value) for key, value in (env or {}).items()}
     if not gpus and "OMP_NUM_THREADS" not in os.environ:  # the processes share the cores
         added.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // nproc)))
-    arguments = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes)
+    arguments = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes, max_restarts=max_restarts)
     words = [f"{key}={shlex.quote(value)}" for key, value in added.items()]
     words += ["torchrun", *(f'"{word}"' if "$HEAD_NODE" in word else shlex.quote(word) for word in arguments)]
     print("$", " ".join(words))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from llama2lib.launch import first_failure, launch, torchrun_arguments
+from llama2lib.launch import first_failure, launch, slurm_script, torchrun_arguments
 from llama2lib.recipes import ROOT
 
 
@@ -154,3 +154,29 @@ def test_an_interrupt_leaves_no_process_behind(script, tmp_path):
 
 def test_first_failure_of_no_logs(tmp_path):
     assert first_failure(tmp_path) == ""
+
+
+def test_a_slurm_script_starts_one_torchrun_on_each_node(tmp_path):
+    "Run by a shell whose srun and scontrol are stand-ins that show what they were given."
+    (tmp_path / "scontrol").write_text("#!/bin/bash\nprintf 'node7\\nnode8\\n'\n")
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    for tool in ("scontrol", "srun"):
+        (tmp_path / tool).chmod(0o755)
+    text = slurm_script("llama2lib.pretrain", "7B", "--data", "my shards", nnodes=2, nproc=8)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[7-8]"}
+    ran = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=environment)
+    words = ran.stdout.split("\n")
+    assert ran.returncode == 0 and "--rdzv-endpoint=node7:29500" in words and "--nnodes=2" in words
+    assert words[-5:-1] == ["llama2lib.pretrain", "7B", "--data", "my shards"] and "--max-restarts=3" in words
+    assert "#SBATCH --nodes=2" in text and "#SBATCH --gpus-per-node=8" in text
+
+
+def test_failed_processes_are_started_again(script):
+    path = script("""
+        import os, sys
+        attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        print("attempt", attempt)
+        sys.exit(attempt == 0)
+    """)
+    assert launch(path, nproc=2, max_restarts=1)
+    assert "--max-restarts=2" in torchrun_arguments("a.py", max_restarts=2)
