@@ -1008,6 +1008,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -1021,8 +1022,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -1046,8 +1049,13 @@ def processes() -> Iterator[torch.device]:
     if cuda:
         torch.cuda.set_device(device)
     if cuda or launched:  # a single GPU is a group of one: FSDP then keeps float32 weights beside bfloat16 passes
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None, **alone)
+        store, rank, ranks = next(rendezvous("env://")) if launched else (dist.HashStore(), 0, 1)
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps one store over its restarts, with the addresses of the processes that died. On one node the
+            # attempt's number keeps them apart; several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (see `launch`)
+            store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=bound)
     try:
         yield device
     finally:
@@ -1254,14 +1262,23 @@ except ValueError as error:
 
 # %%
 #| export distributed
+_CONTENTS = {  # what a table of contents is made of
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata MetadataIndex TensorStorageMetadata ChunkStorageMetadata TensorProperties BytesStorageMetadata "
+        "StorageMeta _MEM_FORMAT_ENCODING"
+    ),
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
+    "torch": "Size float32 float64 bfloat16 float16 int64 uint8",
+    "torch.serialization": "_get_layout",
+    "pathlib": "PosixPath WindowsPath",
+}
+
+
 class _ContentsOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        dcp_class = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        if dcp_class or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's table of contents")
+        if name not in _CONTENTS.get(module, "").split():
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint's table of contents")
+        return super().find_class(module, name)
 
 
 class _Reader(dcp.FileSystemReader):
@@ -1295,7 +1312,8 @@ def _rng_tensors() -> dict[str, Tensor]:
 class StateFolder:
     """The checkpoints of a run: `folder`/step-00001000 …, the file `latest`, and at most `keep` of them.
 
-    All ranks call the methods together. With `in_background`, `save` returns when the tensors are copied.
+    All ranks call the methods together. With `in_background`, `save` returns when the tensors are copied; `wait` before
+    the run ends.
     """
 
     def __init__(self, folder: Path, keep: int = 2, in_background: bool = False):
@@ -1324,7 +1342,8 @@ class StateFolder:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_atomic(partial / "run.json", json.dumps(facts | {"step": step}, indent=1) + "\n")
-        with self._told(step):
+        with self._told(step), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is fine
             save = dcp.async_save if self.in_background else dcp.save
             written = save(tensors, checkpoint_id=partial, process_group=self.group, no_dist=self.group is None)
         self.pending = target, written
@@ -1356,7 +1375,9 @@ class StateFolder:
         reader = _Reader(newest)
         stored = reader.read_metadata().state_dict_metadata
         rng = {name: state for name, state in _rng_tensors().items() if name in stored}
-        dcp.load(tensors | rng, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors | rng, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         for name, state in rng.items():
             (torch.cuda.set_rng_state if "cuda" in name else torch.set_rng_state)(state)
         return facts
@@ -1370,7 +1391,7 @@ class StateFolder:
         error = None
         try:
             yield
-        except Exception as caught:
+        except (Exception, CheckpointException) as caught:  # DCP's is not an Exception
             error = caught
         failures = [error and str(_cause(error))]
         if self.group is not None:

@@ -2076,6 +2076,10 @@ def torchrun_arguments(module: str, *args, nproc: int = 2, nnodes: int = 1, max_
     return [*meeting, f"--nproc-per-node={nproc}", *again, *program, *map(str, args)]
 
 
+# torchrun otherwise keeps one store over its restarts, in which new processes find the addresses of dead ones
+RESTARTABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 def slurm_script(module: str, *args, nnodes: int, nproc: int = 8, hours: int = 24, max_restarts: int = 3) -> str:
     "A Slurm batch script, for `sbatch`: one torchrun on each of `nnodes` nodes of `nproc` GPUs, meeting at the first."
     words = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes, max_restarts=max_restarts)
@@ -2088,6 +2092,7 @@ def slurm_script(module: str, *args, nnodes: int, nproc: int = 8, hours: int = 2
         f"#SBATCH --gpus-per-node={nproc}",
         f"#SBATCH --time={hours}:00:00",
         "#SBATCH --requeue",
+        *(f"export {name}={value}" for name, value in RESTARTABLE.items()),
         'export HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         f"srun --kill-on-bad-exit=1 torchrun {command}",
         "",
@@ -2138,7 +2143,7 @@ def launch(
     the repository root. RuntimeError, with the traceback of the first rank that failed, if the command fails; an
     interrupt stops the processes.
     """
-    added = {key: str(value) for key, value in (env or {}).items()}
+    added = {key: str(value) for key, value in (env or {}).items()} | (RESTARTABLE if max_restarts else {})
     if not gpus and "OMP_NUM_THREADS" not in os.environ:  # the processes share the cores
         added.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // nproc)))
     arguments = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes, max_restarts=max_restarts)
