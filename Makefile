@@ -11,7 +11,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env tour test test-gpu export notebooks chapters stale ledger bench lab clean
+.PHONY: help env tour test test-gpu faults export notebooks chapters stale ledger bench lab clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -37,6 +37,9 @@ test: env  ## freshness, lint, tests, and every notebook at the smoke scale
 
 test-gpu: env  ## tests that need CUDA; they skip without
 	$(PY) -m pytest tests/gpu
+
+faults: env  ## kill training runs at 100 random moments (make test: 12)
+	LLAMA2_SCALE=smoke FAULTS=50 $(PY) -m pytest -s tests/test_faults.py
 
 export: env  ## write llama2lib/ from the chapters
 	$(PY) chapters/export.py

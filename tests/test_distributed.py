@@ -37,7 +37,7 @@ WORKER = Path(__file__).with_name("worker.py")
 def torchrun(*arguments: str, nproc: int = 2, flags: tuple[str, ...] = ()):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system, so that memory can be measured
+    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
     command += [str(WORKER), *arguments]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     errors = [line for line in ran.stderr.splitlines() if "Error" in line]

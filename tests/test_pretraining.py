@@ -15,10 +15,13 @@ from torch.nn.functional import cross_entropy
 
 from llama2lib.corpus import PACKAGED, Source, cut, mix, packaged_sources, read_documents, shares, token_stream
 from llama2lib.optim import adamw, cosine_lr
-from llama2lib.pretrain import PRETRAIN, PretrainConfig, held_out_loss, pretrain, rows
+from llama2lib.pretrain import PRETRAIN, PretrainConfig, held_out_loss, micro_batches, pretrain
+from llama2lib.shards import Packed
 from llama2lib.tokenizer import train_tokenizer
 
-CONFIG = PretrainConfig(lr=1e-3, warmup_steps=2, batch_tokens=256, tokens=256 * 6, max_seq_len=32, micro_batch=8)
+CONFIG = PretrainConfig(
+    "debug", lr=1e-3, warmup_steps=2, batch_tokens=256, tokens=256 * 6, max_seq_len=32, micro_batch=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +150,15 @@ def test_one_bos_and_one_eos_around_every_document(tmp_path):
     assert len(token_stream(tokenizer, ["some words"] * 9, limit=10)) == 10
 
 
-def test_rows_share_one_token_so_that_no_target_is_lost():
-    data = rows(np.arange(1, 34, dtype=np.uint16), length=8)
-    assert data.shape == (4, 9) and data[:, 0].tolist() == [1, 9, 17, 25]
-    assert data[:, 1:].flatten().tolist() == list(range(2, 34))
-    assert sorted(rows(np.arange(33), 8, seed=1)[:, 0].tolist()) == [0, 8, 16, 24]
-    with pytest.raises(ValueError, match="8 tokens do not fill one row of 8"):
-        rows(np.arange(8), 8)
+def test_micro_batches_share_out_the_rows_and_stay_in_step():
+    rows = torch.arange(15).view(3, 5)
+    for count in (1, 2, 3):
+        parts = list(micro_batches(rows, count))
+        assert len(parts) == count
+        assert torch.equal(torch.cat([tokens for tokens, _ in parts]), rows[:, :-1])
+        assert torch.equal(torch.cat([targets for _, targets in parts]), rows[:, 1:])
+    *full, (tokens, targets) = micro_batches(rows, 4)
+    assert len(full) == 3 and tokens.shape == (1, 4) and targets.eq(-100).all()
 
 
 def test_the_schedule_peaks_after_the_warm_up_and_ends_at_a_tenth():
@@ -202,7 +207,8 @@ def test_the_loop_is_the_recipe_step_by_step():
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.7}, {"params": norms, "weight_decay": 0.0}], betas=(0.8, 0.9), eps=1e-3
     )
-    data = rows(stream, 32, seed=4)
+    packed = Packed(stream, 32, seed=4)
+    data = packed.rows(0, 48)
     for log, batch in zip(logged, data.split(8), strict=True):
         loss = cross_entropy(plain(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
