@@ -31,16 +31,24 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Rules:
-    "What `clean` removes. An empty tuple of `languages` keeps all; `region` is where phone numbers without a + belong."
+    "What `clean` removes."
 
     languages: tuple[str, ...] = ()
-    language_threshold: float = 0.5  # of the paper's Table 10
-    personal_items: int = 3  # a document with fewer stays
-    personal_per_1000: float = 2.0  # items in 1,000 characters; a document with more is removed
+    "codes of the languages to keep, such as en; none: all, and what has no language too"
+    language_threshold: float = 0.5
+    "a lower score makes a language 'unknown' (Table 10)"
+    personal_items: int = 3
+    "a document with fewer items of personal data stays"
+    personal_per_1000: float = 2.0
+    "and so does one with at most so many in 1,000 characters"
     region: str = "US"
+    "where a phone number without a + belongs"
     shingle_words: int = 5
+    "words in a shingle"
     permutations: int = 128
+    "entries of a MinHash"
     similarity: float = 0.8
+    "share of common shingles (Jaccard) that makes a near copy"
 
     def __post_init__(self):
         if not (0 < self.similarity < 1 and 0 <= self.language_threshold <= 1):

@@ -81,19 +81,18 @@ def _begun(folder: Path, tokenizer: Tokenizer, settings: dict) -> dict:
     fixed = {"format": 1, "tokenizer": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
     fixed |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "dtype": token_dtype(tokenizer.vocab_size).name}
     fixed |= settings
-    if not (folder / HEADER).exists():
-        header = fixed | {"complete": False, "tokens": 0, "documents": 0, "shards": []}
-        _write_header(folder, header)
-        return header
-    header = read_header(folder)
+    header = fixed | {"complete": False, "tokens": 0, "documents": 0, "shards": []}
+    if (folder / HEADER).exists():
+        header = read_header(folder)
     for name, value in fixed.items():
         if header.get(name) != value:
-            raise ValueError(
-                f"{folder / HEADER}: begun with {name} {header.get(name)!r}, not {value!r}; take another folder"
-            )
+            begun = f"begun with {name} {header.get(name)!r}, not {value!r}"
+            raise ValueError(f"{folder / HEADER}: {begun}; take another folder")
     _check_sizes(folder, header)
-    for left_over in folder.glob(".shard-*.tmp"):
+    for left_over in folder.glob(".shard*.tmp"):
         left_over.unlink()
+    if not (folder / HEADER).exists():
+        _write_header(folder, header)
     return header
 
 
@@ -390,11 +389,13 @@ def _tokenizer(config: ShardsConfig, documents: Callable[[], Iterator[str]]) -> 
             write_atomic(copy, tokenizer.path.read_bytes())
         return tokenizer
     if not copy.exists():
-        sample, size = [], 0
+        # no more than the run itself will read, at about four characters a token: a small source would only come again
+        sample, left = [], config.tokenizer_characters
+        left = left if config.tokens is None else min(left, 4 * config.tokens)
         for document in documents():
             sample.append(document)
-            size += len(document)
-            if size >= config.tokenizer_characters:
+            left -= len(document)
+            if left <= 0:
                 break
         train_tokenizer(sample, config.vocab_size, copy)
     if (tokenizer := Tokenizer(copy)).vocab_size != config.vocab_size:
