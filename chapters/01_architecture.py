@@ -1819,6 +1819,8 @@ for text in (
 ):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text and not {0, 1, 2} & set(ids)
+batch = ["first", "", "a \u2581 sign"]
+assert tokenizer.encode_batch(batch, bos=True) == [tokenizer.encode(text, bos=True) for text in batch]
 digits = tokenizer.pieces(tokenizer.encode("31415"))
 assert "".join(digits).lstrip("\u2581") == "31415" and all(len(piece.lstrip("\u2581")) <= 1 for piece in digits)
 assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 2, -1, 1024)

@@ -5,13 +5,17 @@ __all__ = [
     "manual",
     "docstrings",
     "source_code",
+    "PACKAGED",
+    "path_documents",
     "read_documents",
     "cut",
+    "documents_of",
+    "Stream",
     "Source",
-    "PACKAGED",
     "packaged_sources",
     "describe",
     "shares",
+    "check_shares",
     "mix",
     "token_dtype",
     "encoded",
@@ -24,10 +28,11 @@ __all__ = [
 import ast
 import hashlib
 import json
+import math
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -99,12 +104,20 @@ def source_code() -> list[str]:
         texts.append("".join(line for row, line in enumerate(text.splitlines(keepends=True), 1) if row not in gone))
     return [text for text in texts if text.strip()]
 
-def read_documents(path: str | Path) -> list[str]:
-    """Documents of a text file, a JSONL file (field `text`), or a folder of such. Long texts are cut at blank lines.
+PACKAGED: dict[str, tuple[Callable[[], list[str]], float]] = {
+    "conversations": (conversations, 1),
+    "manual": (manual, 8),
+    "docstrings": (docstrings, 4),
+    "source code": (source_code, 1),
+}
 
-    Raises FileNotFoundError; ValueError with file and place for text that is not UTF-8, a bad row, or no text at all.
+def path_documents(path: str | Path) -> Iterator[str]:
+    """Yield the documents of a text file, a JSONL file (field `text`) or a folder of such; long texts are cut.
+
+    Only one document is in memory at a time. Raises FileNotFoundError; ValueError with file and place for text that is
+    not UTF-8, a bad row, or no text at all.
     """
-    path = Path(path)
+    path, found = Path(path), False
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a text file, a JSONL file or a folder of them")
     files = (
@@ -112,42 +125,121 @@ def read_documents(path: str | Path) -> list[str]:
         if path.is_dir()
         else [path]
     )
-    documents = []
     for file in files:
-        try:
-            text = file.read_bytes().decode("utf-8").replace("\r\n", "\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: byte {error.start} is not UTF-8 text ({error.reason})") from None
-        documents += list(_rows(file, text)) if file.suffix == ".jsonl" else cut(text)
-    if not documents:
+        for document in _rows(file) if file.suffix == ".jsonl" else _cut(_lines(file)):
+            if document.strip():
+                found = True
+                yield document
+    if not found:
         raise ValueError(f"{path}: no text in {len(files)} file{'s' * (len(files) != 1)}")
-    return documents
+
+
+def read_documents(path: str | Path) -> list[str]:
+    "The documents of a file or folder as a list; errors as in `path_documents`."
+    return list(path_documents(path))
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _rows(file: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _lines(file: Path) -> Iterator[str]:
+    "The lines of a UTF-8 file, ends and all; a Windows end becomes a plain one."
+    start = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                yield line.decode("utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}: byte {start + error.start} is not UTF-8 text ({error.reason})") from None
+            start += len(line)
+
+
+def _rows(file: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(file), 1):
         try:
             row = json.loads(line) if line.strip() else {"text": ""}
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}:{number}: not JSON ({error.msg})") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f"{file}:{number}: expected an object with a string in the field 'text'")
-        if row["text"].strip():
-            yield row["text"]
+        try:
+            row["text"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{file}:{number}: character {error.start} of 'text' is half a surrogate pair") from None
+        yield row["text"]
 
 
 def cut(text: str, size: int = 4000) -> list[str]:
     "Cut a text into documents of about `size` characters: at a blank line, or else at a line; nothing is lost."
-    documents, current = [], ""
-    for line in text.splitlines(keepends=True):
-        current += line
-        if len(current) >= (size if not line.strip() else 2 * size):
-            documents, current = [*documents, current], ""
-    return [document for document in [*documents, current] if document.strip()]
+    return [document for document in _cut([text], size) if document.strip()]
+
+
+def _cut(texts: Iterable[str], size: int = 4000) -> Iterator[str]:
+    "`cut` for a text that comes in pieces of whole lines."
+    current: list[str] = []
+    length = 0
+    for line in chain.from_iterable(text.splitlines(keepends=True) for text in texts):
+        current.append(line)
+        length += len(line)
+        if length >= (size if not line.strip() else 2 * size):
+            yield "".join(current)
+            current, length = [], 0
+    yield "".join(current)
+
+def documents_of(name: str) -> Iterator[str]:
+    """Yield the documents of a source named by a string: 'manual' and so on, a path, or 'hub:owner/name,split=…'.
+
+    Raises FileNotFoundError when it is none of them; ValueError for a source without text, or one that cannot be read.
+    """
+    if name in PACKAGED:
+        yield from PACKAGED[name][0]()
+    elif name.startswith("hub:"):
+        yield from _hub_documents(name)
+    elif Path(name).exists():
+        yield from path_documents(name)
+    else:
+        raise FileNotFoundError(f"{name!r}: expected one of {', '.join(PACKAGED)}; a path; or hub:owner/name")
+
+
+def _hub_documents(name: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ImportError(f"{name} needs the package datasets: pip install -e '.[hub]'") from None
+    path, *options = name.removeprefix("hub:").split(",")
+    chosen = {"config": None, "split": "train", "field": "text"}
+    for key, equals, value in (option.partition("=") for option in options):
+        if key not in chosen or not equals:
+            raise ValueError(f"{name}: cannot read {key + equals + value!r}; expected config=…, split=… or field=…")
+        chosen[key] = value
+    found = False
+    for number, row in enumerate(load_dataset(path, chosen["config"], split=chosen["split"], streaming=True)):
+        text = row.get(chosen["field"])
+        if not isinstance(text, str):
+            fields = ", ".join(key for key, value in row.items() if isinstance(value, str)) or "none"
+            raise ValueError(f"{name}: row {number} has no text in {chosen['field']!r}; fields with text: {fields}")
+        if text.strip():
+            found = True
+            yield text
+    if not found:
+        raise ValueError(f"{name}: no text")
+
+
+@dataclass(frozen=True)
+class Stream:
+    "A source by its name, read anew each time it is gone through; `upsampling` multiplies its share of the mix."
+
+    name: str
+    upsampling: float = 1.0
+
+    def __iter__(self) -> Iterator[str]:
+        return documents_of(self.name)
+
+    @cached_property
+    def characters(self) -> int:
+        "Unicode characters in all documents; reads them once."
+        return sum(map(len, self))
 
 
 # ---------- chapters/02_pretraining.py · The mix
@@ -186,14 +278,6 @@ class Source:
         return parts
 
 
-PACKAGED: dict[str, tuple[Callable[[], list[str]], float]] = {
-    "conversations": (conversations, 1),
-    "manual": (manual, 8),
-    "docstrings": (docstrings, 4),
-    "source code": (source_code, 1),
-}
-
-
 def packaged_sources() -> dict[str, Source]:
     "The four domains that come with the installation, the factual ones up-sampled."
     return {name: Source(tuple(load()), upsampling) for name, (load, upsampling) in PACKAGED.items()}
@@ -208,29 +292,69 @@ def describe(sources: Mapping[str, Source]) -> str:
     return "\n".join(lines)
 
 
-def shares(sources: Mapping[str, Source]) -> dict[str, float]:
-    "Share of each source in the mix: characters times up-sampling, made to sum to one."
+def shares(sources: Mapping[str, Source | Stream]) -> dict[str, float]:
+    "Share of each source in the mix: characters times up-sampling, made to sum to one. ValueError if one has none."
     weights = {name: source.characters * source.upsampling for name, source in sources.items()}
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            source = sources[name]
+            raise ValueError(f"source {name!r}: {source.characters} characters, up-sampled {source.upsampling}×")
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
-# ---------- chapters/02_pretraining.py · A stream of tokens
+def check_shares(shares: Mapping[str, float], names: Iterable[str]) -> None:
+    "ValueError unless there is a share for every name, none is negative, and they sum to one."
+    if set(shares) != set(names):
+        raise ValueError(f"shares of {', '.join(shares)}: expected one for each of {', '.join(names)}")
+    for name, share in shares.items():
+        if not share >= 0:
+            raise ValueError(f"source {name!r} has the share {share}: expected 0 or more")
+    if not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
+        listed = ", ".join(f"{name} {share}" for name, share in shares.items())
+        raise ValueError(f"shares sum to {sum(shares.values()):.6g}, not to 1: {listed}")
 
-def mix(sources: Mapping[str, Sequence[str]], shares: Mapping[str, float], seed: int = 0) -> Iterator[tuple[str, str]]:
-    "Yield (source, document) without end, keeping each source's characters at its share; ValueError if one is empty."
+def mix(
+    sources: Mapping[str, Iterable[str]], shares: Mapping[str, float], seed: int = 0, window: int = 10_000
+) -> Iterator[tuple[str, str]]:
+    """Yield (source, document) without end, keeping each source's characters at its share.
+
+    Lists are shuffled whole, a `Stream` within `window` documents. ValueError for a source without text, or shares that
+    are negative or do not sum to one; a share of 0 leaves a source out.
+    """
+    check_shares(shares, sources)
     for name, documents in sources.items():
+        if iter(documents) is documents:
+            raise ValueError(f"source {name!r} can be gone through only once: expected a list or a Stream")
         if not any(documents):
             raise ValueError(f"source {name!r} has no text")
     random = np.random.default_rng(seed)
-    drawn = dict.fromkeys(sources, 0)
-    waiting: dict[str, list[str]] = {name: [] for name in sources}
+    drawn = {name: 0 for name in sources if shares[name]}
+    endless = {name: _endless(sources[name], random, window) for name in drawn}
     while True:
-        name = min(sources, key=lambda name: drawn[name] / shares[name])
-        if not waiting[name]:
-            waiting[name] = [sources[name][i] for i in random.permutation(len(sources[name]))]
-        document = waiting[name].pop()
+        name = min(drawn, key=lambda name: drawn[name] / shares[name])
+        document = next(endless[name])
         drawn[name] += len(document)
         yield name, document
+
+
+def _endless(documents: Iterable[str], random: np.random.Generator, window: int) -> Iterator[str]:
+    "Documents again and again, in another order each time."
+    while True:
+        if isinstance(documents, Sequence):
+            held = documents
+        else:
+            held = []
+            for document in documents:
+                if len(held) < window:
+                    held.append(document)
+                    continue
+                place = random.integers(window)
+                held[place], document = document, held[place]
+                yield document
+        yield from (held[i] for i in random.permutation(len(held))[::-1])
+
+
+# ---------- chapters/02_pretraining.py · A stream of tokens
 
 def token_dtype(vocab_size: int) -> np.dtype:
     "The type of stored token ids: little-endian uint16 where the vocabulary fits, else uint32."

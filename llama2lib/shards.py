@@ -8,17 +8,20 @@ __all__ = [
     "windows",
     "shuffled",
     "Packed",
+    "ShardsConfig",
+    "make_shards",
+    "cli",
 ]
 
 
-# ---------- chapters/02_pretraining.py · A stream of tokens
+# ---------- chapters/02_pretraining.py · Tokens on disk
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -78,19 +81,18 @@ def _begun(folder: Path, tokenizer: Tokenizer, settings: dict) -> dict:
     fixed = {"format": 1, "tokenizer": tokenizer.digest, "vocab_size": tokenizer.vocab_size}
     fixed |= {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "dtype": token_dtype(tokenizer.vocab_size).name}
     fixed |= settings
-    if not (folder / HEADER).exists():
-        header = fixed | {"complete": False, "tokens": 0, "documents": 0, "shards": []}
-        _write_header(folder, header)
-        return header
-    header = read_header(folder)
+    header = fixed | {"complete": False, "tokens": 0, "documents": 0, "shards": []}
+    if (folder / HEADER).exists():
+        header = read_header(folder)
     for name, value in fixed.items():
         if header.get(name) != value:
-            raise ValueError(
-                f"{folder / HEADER}: begun with {name} {header.get(name)!r}, not {value!r}; take another folder"
-            )
+            begun = f"begun with {name} {header.get(name)!r}, not {value!r}"
+            raise ValueError(f"{folder / HEADER}: {begun}; take another folder")
     _check_sizes(folder, header)
-    for left_over in folder.glob(".shard-*.tmp"):
+    for left_over in folder.glob(".shard*.tmp"):
         left_over.unlink()
+    if not (folder / HEADER).exists():
+        _write_header(folder, header)
     return header
 
 
@@ -228,6 +230,9 @@ def windows(tokens: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
     "Rows of `width` tokens that begin at each of `starts` in a 1-D array. (R) → (R, width)"
     return sliding_window_view(tokens, width)[starts]
 
+
+# ---------- chapters/02_pretraining.py · Rows
+
 def shuffled(numbers: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
     """Places of `numbers` (int64, 0 … size - 1) in an order that `key` shuffles: one to one, and without a table.
 
@@ -279,3 +284,133 @@ class Packed:
         if isinstance(self.data, Shards):
             return torch.from_numpy(self.data.windows(starts, width).astype(np.int64))
         return torch.from_numpy(windows(self.data, starts, width).astype(np.int64))
+
+
+# ---------- chapters/02_pretraining.py · From names to shards
+
+from dataclasses import asdict, dataclass, field
+
+import tyro
+
+from llama2lib.cleaning import Copies, Rules, clean
+from llama2lib.corpus import PACKAGED, Stream, check_shares, mix, shares
+from llama2lib.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """Write the token shards of one or several sources.
+
+    The same command continues a run that was stopped. Pretrain on the folder afterwards.
+    """
+
+    folder: tyro.conf.Positional[Path]
+    "where the shards go, with a copy of the tokenizer"
+    sources: tuple[str, ...] = tuple(PACKAGED)
+    "packaged domains; text files, JSONL files or folders; hub:owner/name[,config=…][,split=…][,field=…]"
+    shares: tuple[float, ...] = ()
+    "share of each source in the mix, in their order; they sum to 1"
+    upsampling: tuple[float, ...] = ()
+    "or: a multiplier for each source's size"
+    tokens: int | None = None
+    "stop with the document that makes it so many; none: every document once, not mixed"
+    tokenizer: Path | None = None
+    "a SentencePiece model; none: train one on the first documents"
+    vocab_size: int = 32_000
+    "pieces of a tokenizer trained here"
+    tokenizer_characters: int = 50_000_000
+    "text that it is trained on"
+    clean: bool = False
+    "repair encodings; remove copies, near copies and documents rich in personal data"
+    rules: Rules = field(default_factory=Rules)
+    "what cleaning removes"
+    shard_tokens: int = 2**30
+    "tokens in a file; two bytes each up to a vocabulary of 65,536"
+    seed: int = 0
+    "order of the documents in the mix"
+
+    def __post_init__(self):
+        for name, values in (("shares", self.shares), ("upsampling", self.upsampling)):
+            if values and len(values) != len(self.sources):
+                raise ValueError(f"{name} {values}: expected one for each of {', '.join(self.sources)}")
+            if values and self.tokens is None:
+                raise ValueError(f"{name} {values} need tokens: a mix has no end")
+        if self.shares and self.upsampling:
+            raise ValueError(f"shares {self.shares} and upsampling {self.upsampling}: expected one of them")
+        if len(set(self.sources)) < len(self.sources) or not self.sources:
+            raise ValueError(f"sources {', '.join(self.sources)}: expected at least one, and each once")
+        if self.shares:
+            check_shares(dict(zip(self.sources, self.shares, strict=True)), self.sources)
+
+
+def make_shards(config: ShardsConfig) -> Shards:
+    "The shards of the sources that `config` names, begun or continued. ValueError as in `write_shards` and `mix`."
+    upsampling = config.upsampling or (1.0,) * len(config.sources)
+    sources = {name: Stream(name, factor) for name, factor in zip(config.sources, upsampling, strict=True)}
+    if config.clean:
+        sources = _cleaned(sources, config)
+    if config.tokens is not None:
+        wanted = dict(zip(sources, config.shares, strict=True)) if config.shares else shares(sources)
+
+    def documents() -> Iterator[str]:
+        if config.tokens is None:
+            return chain.from_iterable(sources.values())
+        return (document for _, document in mix(sources, wanted, config.seed))
+
+    named = ("sources", "shares", "upsampling", "seed", "clean", "rules")
+    recipe = json.dumps({name: value for name, value in asdict(config).items() if name in named}, sort_keys=True)
+    tokenizer = _tokenizer(config, documents)
+    return write_shards(config.folder, tokenizer, documents(), config.tokens, config.shard_tokens, recipe)
+
+
+def _cleaned(sources: dict[str, Stream], config: ShardsConfig) -> dict[str, Stream]:
+    "The sources as files of cleaned text, written when they are not all there; one index for all of them."
+    key = hashlib.sha256(repr((config.sources, config.rules)).encode()).hexdigest()[:12]
+    files = {name: config.folder / f"clean-{key}-{number:02}.jsonl" for number, name in enumerate(sources)}
+    if not all(file.exists() for file in files.values()):
+        config.folder.mkdir(parents=True, exist_ok=True)
+        copies = Copies(config.rules)
+        for name, file in files.items():
+            kept, report = clean(sources[name], config.rules, copies)
+            with file.with_suffix(".tmp").open("w", encoding="utf-8") as out:
+                out.writelines(json.dumps({"text": document}) + "\n" for document in kept)
+            print(f"{name}\n{report}")
+        for file in files.values():
+            os.replace(file.with_suffix(".tmp"), file)
+    return {name: Stream(str(file), sources[name].upsampling) for name, file in files.items()}
+
+
+def _tokenizer(config: ShardsConfig, documents: Callable[[], Iterator[str]]) -> Tokenizer:
+    "The tokenizer of the command, and a copy of it in the folder; trained first if there is none."
+    copy = config.folder / "tokenizer.model"
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer(config.tokenizer)
+        if not copy.exists():
+            write_atomic(copy, tokenizer.path.read_bytes())
+        return tokenizer
+    if not copy.exists():
+        # no more than the run itself will read, at about four characters a token: a small source would only come again
+        sample, left = [], config.tokenizer_characters
+        left = left if config.tokens is None else min(left, 4 * config.tokens)
+        for document in documents():
+            sample.append(document)
+            left -= len(document)
+            if left <= 0:
+                break
+        train_tokenizer(sample, config.vocab_size, copy)
+    if (tokenizer := Tokenizer(copy)).vocab_size != config.vocab_size:
+        raise ValueError(f"{copy} has {tokenizer.vocab_size} pieces, not vocab_size {config.vocab_size}")
+    return tokenizer
+
+
+def cli() -> None:
+    "python -m llama2lib.shards FOLDER [options]"
+    try:
+        shards = make_shards(tyro.cli(ShardsConfig, prog="python -m llama2lib.shards"))
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print(f"{shards.folder}: {len(shards):,} tokens of {shards.header['documents']:,} documents, {shards.digest[:12]}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -30,6 +30,23 @@ def test_any_unicode_survives_the_round_trip_and_never_becomes_a_control_token(s
     assert not {0, small.bos_id, small.eos_id} & set(ids)
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.text(st.sampled_from("\u2581ab 1\n🦙é") | st.characters(codec="utf-8"))), st.booleans(), st.booleans()
+)
+@example(["\u2581", "", "x\u2581\u2581y", "\u2581\n\u2581 "], True, True)
+@example([], True, False)
+def test_a_batch_is_encoded_as_its_texts_are(small, texts, bos, eos):
+    assert small.encode_batch(texts, bos=bos, eos=eos) == [small.encode(text, bos=bos, eos=eos) for text in texts]
+    assert small.encode_batch(iter(texts), bos=bos, eos=eos) == small.encode_batch(texts, bos=bos, eos=eos)
+
+
+def test_the_digest_is_that_of_the_file(small, tmp_path):
+    (tmp_path / "copy.model").write_bytes(small.path.read_bytes())
+    other = train_tokenizer(TEXT, 340, tmp_path / "other.model")
+    assert Tokenizer(tmp_path / "copy.model").digest == small.digest != other.digest
+
+
 def test_every_digit_is_a_piece(small):
     assert len(small.encode("a 20231024")) == len(small.encode("a ")) + 8
 
@@ -86,6 +103,8 @@ def test_ids_outside_the_vocabulary_are_refused(small, token):
 def test_half_a_surrogate_pair_is_refused(small):
     with pytest.raises(ValueError, match="position 2 of the text"):
         small.encode("ab\ud800")
+    with pytest.raises(ValueError, match="position 2 of text 1"):
+        small.encode_batch(["fine", "ab\ud800"])
 
 
 def test_metas_file_gives_the_47_golden_tokenizations(real_tokenizer_file):
