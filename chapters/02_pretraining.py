@@ -2160,6 +2160,7 @@ def _cause(error: BaseException) -> BaseException:
 #| export pretrain
 import json
 import os
+import sys
 import time
 
 import tyro
@@ -2270,7 +2271,8 @@ def run(config: PretrainConfig) -> Path:
             check_same(json.loads((newest / "run.json").read_text("utf-8"))["settings"], facts["settings"], newest)
             start = states.load(tensors)["step"]
         log = Log(config.out, start, config.tensorboard) if first else None
-        bar = tqdm(total=config.steps, initial=start, unit="step", desc="pretraining", disable=not first)
+        lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar
+        bar = tqdm(total=config.steps, initial=start, unit="step", desc="pretraining", disable=not first or lines)
         tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
         try:
             for step in pretrain(model, data, config, optimizer=optimizer, start=start):
@@ -2278,9 +2280,13 @@ def run(config: PretrainConfig) -> Path:
                 line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
                 if first:
                     log.write(line)
+                    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+                    speed += f" | {line['mfu']:.0%} MFU" if line["mfu"] else ""
+                    shown = f"loss {step.loss:.4f} | lr {step.lr:.1e} | {speed}"
+                    bar.set_postfix_str(shown, refresh=False)
                     bar.update()
-                    speed = f"{line['tokens_per_second']:,.0f}" + (f", {line['mfu']:.0%} MFU" if line["mfu"] else "")
-                    bar.set_postfix_str(f"loss {step.loss:.3f}, lr {step.lr:.1e}, {speed} tokens/s", refresh=False)
+                    if lines and (step.step + 1) % max(1, config.steps // 20) == 0:
+                        print(f"step {step.step + 1} of {config.steps} | {shown}", flush=True)
                 if (step.step + 1) % config.save_every == 0 or step.step + 1 == config.steps:
                     states.save(step.step + 1, tensors, facts)
                     clock = time.perf_counter()
@@ -2303,3 +2309,55 @@ def cli():
     "python -m llama2lib.pretrain RECIPE [options]: train a base model (section 2.2); under torchrun, on all its ranks."
     recipes = {name: (f"{config.tokens:,} tokens, peak lr {config.lr:g}", config) for name, config in PRETRAIN.items()}
     run(tyro.extras.overridable_config_cli(recipes, config=(tyro.conf.OmitArgPrefixes,)))
+
+
+# %% [markdown]
+# ## Launcher cells
+#
+# First a run of one process, here in the notebook: a model of 100,000 parameters on the language reference, 40 steps.
+# Documents become shards, and the shards' folder brings its tokenizer along.
+
+# %%
+from llama2lib.launch import launch, slurm_script
+from llama2lib.pretrain import run
+from llama2lib.recipes import ROOT, cache_folder, scale
+
+folder = Path(os.path.relpath(cache_folder() / "pretraining" / scale() / sources["manual"].digest[:8], ROOT))
+os.chdir(ROOT)  # so that the commands below are those of a shell at the root of the repository
+documents = sources["manual"].documents[:40]
+write_shards(folder / "shards", train_tokenizer(documents, 512, folder / "shards" / "tokenizer.model"), documents)
+recipe = replace(
+    PRETRAIN["book-1M"], model="debug", data=folder / "shards", lr=1e-2, warmup_steps=4,
+    batch_tokens=1024, tokens=40 * 1024, max_seq_len=128, save_every=20,
+)  # fmt: skip
+shutil.rmtree(folder / "one", ignore_errors=True)
+run(replace(recipe, out=folder / "one"))
+print(*sorted(path.name for path in (folder / "one").iterdir()))
+
+# %% [markdown]
+# The same as a command, on two processes. Each has half of every weight and trains on half of the rows.
+
+# %%
+shutil.rmtree(folder / "two", ignore_errors=True)
+options = ["--model", "debug", "--data", folder / "shards", "--out", folder / "two", "--lr", 0.01, "--warmup-steps", 4]
+options += ["--batch-tokens", 1024, "--tokens", 40 * 1024, "--max-seq-len", 128, "--save-every", 20]
+launch("llama2lib.pretrain", "book-1M", *options, nproc=2)
+curves = [[json.loads(line)["loss"] for line in (folder / n / "log.jsonl").open()] for n in ("one", "two")]
+difference = np.abs(np.subtract(*curves) / curves[0]).max()
+print(f"largest relative difference of the two loss curves: {difference:.0e}")
+assert difference < 1e-5
+
+# %% [markdown]
+# For GPUs only the recipe's name and the number of processes change. A node of eight:
+
+# %%
+launch("llama2lib.pretrain", "7B", "--data", "shards", "--out", "runs/7B", nproc=8, gpus=True, max_restarts=3)
+
+# %% [markdown]
+# Several nodes, which meet at the first; and the same for Slurm. After a failure the processes start again, at most
+# three times here, and go on from the last checkpoint.
+
+# %%
+arguments = ["llama2lib.pretrain", "70B", "--data", "/shared/shards", "--out", "/shared/runs/70B"]
+launch(*arguments, nproc=8, nnodes=16, gpus=True, max_restarts=3)
+print(slurm_script(*arguments, nnodes=16))

@@ -240,6 +240,7 @@ def held_out_loss(model: Llama, stream: np.ndarray, length: int, max_rows: int =
 
 import json
 import os
+import sys
 import time
 
 import tyro
@@ -350,7 +351,8 @@ def run(config: PretrainConfig) -> Path:
             check_same(json.loads((newest / "run.json").read_text("utf-8"))["settings"], facts["settings"], newest)
             start = states.load(tensors)["step"]
         log = Log(config.out, start, config.tensorboard) if first else None
-        bar = tqdm(total=config.steps, initial=start, unit="step", desc="pretraining", disable=not first)
+        lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar
+        bar = tqdm(total=config.steps, initial=start, unit="step", desc="pretraining", disable=not first or lines)
         tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
         try:
             for step in pretrain(model, data, config, optimizer=optimizer, start=start):
@@ -358,9 +360,13 @@ def run(config: PretrainConfig) -> Path:
                 line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
                 if first:
                     log.write(line)
+                    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+                    speed += f" | {line['mfu']:.0%} MFU" if line["mfu"] else ""
+                    shown = f"loss {step.loss:.4f} | lr {step.lr:.1e} | {speed}"
+                    bar.set_postfix_str(shown, refresh=False)
                     bar.update()
-                    speed = f"{line['tokens_per_second']:,.0f}" + (f", {line['mfu']:.0%} MFU" if line["mfu"] else "")
-                    bar.set_postfix_str(f"loss {step.loss:.3f}, lr {step.lr:.1e}, {speed} tokens/s", refresh=False)
+                    if lines and (step.step + 1) % max(1, config.steps // 20) == 0:
+                        print(f"step {step.step + 1} of {config.steps} | {shown}", flush=True)
                 if (step.step + 1) % config.save_every == 0 or step.step + 1 == config.steps:
                     states.save(step.step + 1, tensors, facts)
                     clock = time.perf_counter()
