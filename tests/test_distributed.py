@@ -111,6 +111,10 @@ def test_bfloat16_passes_keep_the_rotations_in_float32():
     torchrun("mixed", "")
 
 
+def test_accumulation_reduces_once_a_step():
+    torchrun("reductions", "")
+
+
 @pytest.mark.parametrize(("layout", "tp"), [("hf", 1), ("meta", 2)])
 def test_folders_go_in_and_out_of_sharded_models_without_a_whole_one(tmp_path, layout, tp):
     torch.manual_seed(0)

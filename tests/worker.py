@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama2lib import distributed, pretrain
 from llama2lib.checkpoint import copy_weights, load_checkpoint, local_block, read_tensors, save_checkpoint, save_meta
@@ -72,6 +73,36 @@ def mixed(_):
         (logits := model(tokens)).square().mean().backward()
         assert model.layers[0].attention.wq.weight.grad.dtype == torch.float32 == model.norm.weight.dtype
         assert logits.dtype == torch.float32
+
+
+class Scatters(TorchDispatchMode):
+    "Counts the reduce-scatters of the block."
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += "reduce_scatter" in str(op)
+        return op(*args, **(kwargs or {}))
+
+
+def reductions(_):
+    "Gradients cross the network once a step, however many micro-batches it has, unless asked to after each."
+    counted = {}
+    with distributed.processes() as device:
+        for reduce in ("step", "micro_batch"):
+            for passes in (1, 4):
+                model = Llama(LLAMA2["debug"])
+                distributed.init_weights(model, seed=3)
+                distributed.parallelize(model, distributed.make_mesh(Parallel(), device.type), Parallel())
+                optimizer = pretrain.adamw(model, 1e-3)
+                parts = list(pretrain.micro_batches(torch.arange(4 * 33).view(4, 33), passes))
+                with Scatters() as traffic:
+                    pretrain.train_step(model, optimizer, parts, 4 * 32 * 2, 1.0, reduce)
+                counted[reduce, passes] = traffic.count
+    blocks = LLAMA2["debug"].n_layers + 1
+    assert counted == {
+        ("step", 1): blocks, ("step", 4): blocks, ("micro_batch", 1): blocks, ("micro_batch", 4): 4 * blocks,
+    }, counted  # fmt: skip
 
 
 def anonymous_bytes() -> int:
