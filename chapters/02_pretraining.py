@@ -611,7 +611,7 @@ def _removed_by(text: str, rules: Rules, copies: Copies, report: Report) -> str 
 
 # %% [markdown]
 # The packaged domains are nearly clean. What goes is copies, nearly all of them conversations that end after a
-# greeting: one document in eight, and less than a thousandth of the text.
+# greeting: about one document in eight, and less than a thousandth of the text.
 
 # %%
 from llama2lib.cleaning import clean
@@ -626,7 +626,7 @@ assert len(kept) == report.steps["kept"][0] == len(texts) - sum(report.steps[ste
 # %% [markdown]
 # The languages, in the manner of Table 10. The paper explains its 8.38 % of unknown language partly by code, and here
 # too the source code is where the identifier is least sure. It also errs on greetings: 'A: hello?' counts as Italian,
-# which is a few per cent of the documents, and next to nothing of the text.
+# half a per cent of the documents, and next to nothing of the text.
 
 # %%
 print(report.language_table())
@@ -908,8 +908,8 @@ def write_shards(
 
     Stops at the end of the first document that makes it `tokens`, or with the last. Stopped at any moment, the same
     call with the same documents goes on after the last finished shard, and the files are those of one go. `recipe` says
-    in words what the documents are. ValueError: a folder begun with another tokenizer, recipe, size or other documents;
-    no documents. OSError (no space) leaves the finished shards.
+    in words what the documents are. ValueError: a folder begun with another tokenizer, recipe, size or other documents
+    (of a complete folder, the first shard's are compared); no documents. OSError (no space) leaves what is finished.
     """
     folder, documents = Path(folder), iter(documents)
     header = _begun(folder, tokenizer, {"limit": tokens, "shard_tokens": shard_tokens, "recipe": recipe})

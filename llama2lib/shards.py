@@ -49,8 +49,8 @@ def write_shards(
 
     Stops at the end of the first document that makes it `tokens`, or with the last. Stopped at any moment, the same
     call with the same documents goes on after the last finished shard, and the files are those of one go. `recipe` says
-    in words what the documents are. ValueError: a folder begun with another tokenizer, recipe, size or other documents;
-    no documents. OSError (no space) leaves the finished shards.
+    in words what the documents are. ValueError: a folder begun with another tokenizer, recipe, size or other documents
+    (of a complete folder, the first shard's are compared); no documents. OSError (no space) leaves what is finished.
     """
     folder, documents = Path(folder), iter(documents)
     header = _begun(folder, tokenizer, {"limit": tokens, "shard_tokens": shard_tokens, "recipe": recipe})

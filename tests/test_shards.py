@@ -323,8 +323,10 @@ def test_a_damaged_shard_is_not_continued(tokenizer, tmp_path, one_by_one):
     with pytest.raises(KeyboardInterrupt):
         write_shards(tmp_path, tokenizer, Countdown(100), shard_tokens=20)
     (tmp_path / "shard-00000.bin").write_bytes(b"")
+    before = files(tmp_path)
     with pytest.raises(ValueError, match=r"shard-00000\.bin: expected"):
         write_shards(tmp_path, tokenizer, documents(), shard_tokens=20)
+    assert files(tmp_path) == before
 
 
 def test_verify_finds_a_changed_byte_and_an_id_out_of_the_vocabulary(folder):
