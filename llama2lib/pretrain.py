@@ -14,6 +14,7 @@ __all__ = [
     "MAY_CHANGE",
     "PEAK_FLOPS",
     "fresh_or_loaded",
+    "vocabulary_of",
     "settings",
     "check_same",
     "Log",
@@ -274,6 +275,12 @@ def fresh_or_loaded(config: PretrainConfig, vocab_size: int, device: torch.devic
     return model
 
 
+def vocabulary_of(config: PretrainConfig) -> Tokenizer | None:
+    "The tokenizer of a run: that of the checkpoint it begins with, else the one that lies with the data; None without."
+    folders = [Path(config.model)] * (config.model not in LLAMA2) + [config.data]
+    return next((Tokenizer(folder) for folder in folders if (folder / "tokenizer.model").exists()), None)
+
+
 def settings(config: PretrainConfig, data: Shards) -> dict:
     "What must not change while a run goes on, as JSON."
     fields = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
@@ -341,7 +348,8 @@ def run(config: PretrainConfig) -> Path:
     names the place, and the last good checkpoint stays.
     """
     with processes() as device:
-        data, first = Shards(config.data), not dist.is_initialized() or dist.get_rank() == 0
+        tokenizer, first = vocabulary_of(config), not dist.is_initialized() or dist.get_rank() == 0
+        data = Shards(config.data, tokenizer)
         states = StateFolder(config.out, config.keep, in_background=device.type == "cuda")
         newest = states.latest()
         model = fresh_or_loaded(config, data.header["vocab_size"], device, load=newest is None)
@@ -378,8 +386,6 @@ def run(config: PretrainConfig) -> Path:
             bar.close()
             if log:
                 log.close()
-        vocabulary = config.data / "tokenizer.model"
-        tokenizer = Tokenizer(vocabulary) if vocabulary.exists() else None
         save_checkpoint(model, config.out / "model", tokenizer, dtype=torch.bfloat16 if device.type == "cuda" else None)
     return config.out / "model"
 
@@ -388,7 +394,13 @@ def run(config: PretrainConfig) -> Path:
 def cli():
     "python -m llama2lib.pretrain RECIPE [options]: train a base model (section 2.2); under torchrun, on all its ranks."
     recipes = {name: (f"{config.tokens:,} tokens, peak lr {config.lr:g}", config) for name, config in PRETRAIN.items()}
-    run(tyro.extras.overridable_config_cli(recipes, config=(tyro.conf.OmitArgPrefixes,)))
+    config = tyro.extras.overridable_config_cli(recipes, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        run(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
+            raise
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -332,6 +332,17 @@ def test_a_loss_that_is_not_finite_names_step_rows_and_checkpoint(shards, tmp_pa
     assert len(losses(tmp_path)) == 20 and all(map(math.isfinite, losses(tmp_path)))
 
 
+def test_data_of_another_tokenizer_is_refused(alone, shards, tmp_path):
+    "The checkpoint that a run begins with has a tokenizer, and the data must have been made with it."
+    texts = list(topics.values())[30:50]
+    write_shards(tmp_path / "s", train_tokenizer(texts, 512, tmp_path / "s" / "tokenizer.model"), texts)
+    with pytest.raises(ValueError, match="made with tokenizer"):
+        run(config(json.dumps({"data": str(tmp_path / "s"), "out": str(tmp_path), "model": str(alone / "model")})))
+    (tmp_path / "s" / "tokenizer.model").write_bytes((shards / "tokenizer.model").read_bytes())
+    with pytest.raises(ValueError, match="made with tokenizer"):
+        run(config(json.dumps({"data": str(tmp_path / "s"), "out": str(tmp_path)})))
+
+
 def test_tensorboard_gets_what_the_log_gets(shards, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run(config(json.dumps({"data": str(shards), "out": str(tmp_path), "tensorboard": True})))
@@ -348,6 +359,8 @@ def test_the_command_line_is_the_record():
     shown = command("70B", "--help")
     text = " ".join(shown.stdout.split())
     assert shown.returncode == 0 and "--batch-tokens" in text and "--tp" in text and "default: 0.00015" in text
+    wrong = command("book-1M", "--data", "nowhere")
+    assert wrong.returncode == 1 and "FileNotFoundError: nowhere" in wrong.stderr and "Traceback" not in wrong.stderr
     missing = command("debug")
     assert missing.returncode == 2 and "book-1M" in missing.stderr
 
