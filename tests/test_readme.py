@@ -1,9 +1,13 @@
 """The README's example runs as printed, on a small model in place of Meta's."""
 
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from conftest import random_model
 
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
@@ -23,3 +27,18 @@ def test_the_example_loads_writes_and_saves(tmp_path, monkeypatch, capsys):
     exec(code.replace('device="cuda", dtype=torch.bfloat16', 'device="cpu"'), {})
     assert capsys.readouterr().out.startswith("The capital of France is")
     assert load_checkpoint(tmp_path / "copy").config == load_checkpoint(tmp_path / "Llama-2-7b").config
+
+
+COMMANDS = re.findall(r"-m (llama2lib\.\w+) ([^\n#]*)", README.read_text())
+
+
+@pytest.mark.parametrize(("module", "options"), COMMANDS, ids=[module for module, _ in COMMANDS])
+def test_every_command_knows_its_options(module, options):
+    "With --help behind them the options are parsed and nothing is run; an unknown one is an error first."
+    words = [sys.executable, "-m", module, *shlex.split(options)]
+    for extra, code in (["--help"], 0), (["--no-such-option", "1"], 2):
+        ran = subprocess.run([*words, *extra], capture_output=True, text=True, cwd=README.parent)
+        assert ran.returncode == code, ran.stderr
+    shown = subprocess.run([*words[:3], "--help"], capture_output=True, text=True, cwd=README.parent).stdout
+    shown += subprocess.run([*words[:4], "--help"], capture_output=True, text=True, cwd=README.parent).stdout
+    assert all(word in shown for word in words if word.startswith("--"))
