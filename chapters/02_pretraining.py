@@ -2379,7 +2379,8 @@ print(slurm_script(*arguments, nnodes=16))
 
 # %%
 row = ledger.record(
-    "Figure 5", "training loss of 7B to 70B over 2T tokens", "runs at scale", paper.PAPER["Figure 5"]["nats per token, end"],
+    "Figure 5", "training loss of 7B to 70B over 2T tokens", "runs at scale",
+    paper.PAPER["Figure 5"]["nats per token, end"],
     None, evidence="tests/test_distributed.py::test_several_processes_learn_what_one_learns",
 )  # fmt: skip
 print(row["status"])
