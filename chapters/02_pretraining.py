@@ -557,3 +557,191 @@ config = PretrainConfig(lr=1e-2, warmup_steps=5, batch_tokens=1024, tokens=1024 
 losses = [step.loss for step in pretrain(tiny, page, config)]
 print(f"loss {losses[0]:.2f} → {losses[-1]:.2f} nats per byte; a uniform guess costs {math.log(512):.2f}")
 assert abs(losses[0] - math.log(512)) < 0.3 and losses[-1] < losses[0] / 2
+
+# %% [markdown]
+# ## Figure 5: larger models, same tokens
+#
+# The paper's Figure 5 draws the training loss of the four sizes over the same two trillion tokens. It makes two points:
+# a larger model has the lower loss, and after 2T tokens no size shows a sign of saturation. The figure's axis is
+# labelled 'Train PPL', but a perplexity of 1.4 to 2.2 would be half a bit per token: the values are the loss itself, in
+# nats per token.
+#
+# > Ours: a family of four sizes with a factor of 30 between the smallest and the largest, on the same million tokens of
+# > the packaged text. Sizes are named by their parameters without the embedding and the output matrix, because at our
+# > widths these two are most of a model. Depth grows more slowly than width, as in the paper; heads are 16 wide.
+
+# %%
+#| export scaling
+from llama2lib.model import ModelConfig, swiglu_width
+from llama2lib.pretrain import PretrainConfig
+
+
+def family_member(dim: int, n_layers: int) -> ModelConfig:
+    "A small Llama: heads 16 wide, SwiGLU by the released rule, 1,024 pieces, rows of 128 tokens."
+    heads, width = dim // 16, swiglu_width(dim, multiple_of=16)
+    return ModelConfig(dim, n_layers, heads, heads, hidden_dim=width, vocab_size=1024, max_seq_len=128)
+
+
+FAMILY = {
+    "27k": family_member(32, n_layers=2),
+    "101k": family_member(64, n_layers=2),
+    "332k": family_member(96, n_layers=3),
+    "804k": family_member(128, n_layers=4),
+}
+
+
+def non_embedding(config: ModelConfig) -> int:
+    "Parameters without the embedding and the output matrix."
+    return config.num_params - 2 * config.vocab_size * config.dim
+
+
+def family_recipe(config: ModelConfig, steps: int, batch_tokens: int = 2048, warmup_steps: int = 96) -> PretrainConfig:
+    "Section 2.2's recipe, small: the learning rate is 0.003 at a width of 128 and goes with 1 / width."
+    lr = 3e-3 * 128 / config.dim
+    return PretrainConfig(
+        lr=lr, warmup_steps=warmup_steps, batch_tokens=batch_tokens, tokens=steps * batch_tokens, max_seq_len=128
+    )
+
+
+# %%
+from llama2lib.scaling import FAMILY, family_recipe, non_embedding
+
+for size, member in FAMILY.items():
+    assert size == f"{non_embedding(member) / 1000:.0f}k"
+    print(f"{size:>5} and {2 * member.vocab_size * member.dim:,} in the embedding and output: {member}")
+
+# %% [markdown]
+# ### One stream for all sizes
+#
+# A tokenizer of 1,024 pieces is trained once. A seed draws documents from the four domains' training parts, shuffles
+# the rows cut from them, and initialises the models; within a seed every size sees the same rows in the same order,
+# each once.
+#
+# The loss is measured on held-out text: rows from the four domains at their shares of the mix, spread evenly over each
+# domain's held-out documents, the same rows for all sizes and seeds. As every training row is seen once, the training
+# loss is as honest; it is only noisier, since every batch is other text.
+
+# %%
+#| export scaling
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llama2lib.corpus import token_stream
+from llama2lib.tokenizer import Tokenizer
+
+
+def probe_rows(
+    tokenizer: Tokenizer,
+    held_out: Mapping[str, Sequence[str]],
+    shares: Mapping[str, float],
+    rows: int = 128,
+    length: int = 128,
+) -> np.ndarray:
+    """About `rows` rows of `length` + 1 tokens from held-out documents, each domain at its share, [rows, length + 1].
+
+    The rows of a domain are spread evenly over its documents and share no targets; a small domain yields fewer.
+    """
+    parts = []
+    for name, documents in held_out.items():
+        stream = token_stream(tokenizer, documents)
+        room = (len(stream) - 1) // length
+        count = min(round(shares[name] * rows), room)
+        starts = np.linspace(0, room - 1, count).astype(int) * length
+        parts.append(stream[starts[:, None] + np.arange(length + 1)])
+    return np.concatenate(parts)
+
+
+# %%
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from llama2lib.corpus import token_stream
+from llama2lib.pretrain import held_out_loss
+from llama2lib.recipes import by_scale, cache_folder, cached, scale, seeds
+from llama2lib.scaling import probe_rows
+from llama2lib.tokenizer import train_tokenizer
+
+family = by_scale(smoke=dict(list(FAMILY.items())[:2]), laptop=FAMILY, a100=FAMILY)
+steps = by_scale(smoke=6, laptop=480, a100=3840)  # a100: the packaged text once
+size_of_run = by_scale(
+    smoke={"batch_tokens": 128, "warmup_steps": 1},
+    laptop={"batch_tokens": 2048, "warmup_steps": 96},
+    a100={"batch_tokens": 2048, "warmup_steps": 96},
+)
+training, held_out = {}, {}
+for name, source in sources.items():
+    training[name], held_out[name] = source.split()
+
+
+def training_documents(seed: int):
+    "Training documents of the four domains without end, each domain at its share."
+    return (document for _, document in mix(training, shares(sources), seed))
+
+
+pieces = train_tokenizer(
+    islice(training_documents(0), 1500), 1024, cache_folder() / "figure-5" / scale() / "tokenizer.model"
+)
+probe = probe_rows(pieces, held_out, shares(sources), rows=by_scale(smoke=8, laptop=128, a100=512))
+streams = {seed: token_stream(pieces, training_documents(seed), steps * size_of_run["batch_tokens"] + 1) for seed in seeds()}
+print(f"{len(probe)} held-out rows; {steps * size_of_run['batch_tokens']:,} training tokens in {steps} steps")
+
+# %% [markdown]
+# Each size is trained four times per seed: by the paper's recipe on all tokens, on a half and on a third of them (every
+# run has its own cosine, and the shorter ones see the first rows of the long one), and once more on all tokens at a
+# constant learning rate. A run keeps the loss of every step and, twenty times on its way, that of every held-out row.
+
+
+# %%
+def train_member(inputs: dict) -> dict:
+    "Train one size on the seed's stream: loss [steps], tokens [checkpoints], held-out loss [checkpoints, rows]."
+    torch.manual_seed(inputs["seed"])
+    model, recipe = Llama(inputs["model"]).to(inputs["device"]), inputs["recipe"]
+    loss, tokens, measured = [], [], []
+    steps = pretrain(model, inputs["stream"], recipe, inputs["seed"])
+    for step in tqdm(steps, total=recipe.steps, desc=inputs["name"], leave=False):
+        loss.append(step.loss)
+        if (recipe.steps - 1 - step.step) % max(1, recipe.steps // 20) == 0:
+            tokens.append(step.tokens)
+            measured.append([held_out_loss(model, row, recipe.max_seq_len, max_rows=1) for row in inputs["probe"]])
+    return {"loss": np.array(loss), "tokens": np.array(tokens), "held_out": np.array(measured)}
+
+
+def train(size: str, seed: int, stream: np.ndarray, recipe: PretrainConfig) -> dict:
+    "The cached run of one size."
+    name = f"figure-5-{size}-seed{seed}"
+    device = by_scale(smoke="cpu", laptop="cpu", a100="cuda")
+    inputs = {"name": name, "model": family[size], "recipe": recipe, "stream": stream, "probe": probe}
+    return cached(name, inputs | {"seed": seed, "device": device}, train_member)
+
+
+# %% [markdown]
+# ### The learning rate
+#
+# Table 1 halves the learning rate for 70B, which is twice as wide as 7B. Our rule is the same proportion: the rate goes
+# with one over the width. Is it fair to every size? Half and twice the rule's rate, on a half of the tokens, with a
+# seed that is not used again:
+
+# %%
+other_seed = 100
+other_stream = token_stream(pieces, training_documents(other_seed), steps * size_of_run["batch_tokens"] + 1)
+factors = (0.5, 1, 2)
+rate_check = {}
+for size, member in family.items():
+    recipe = family_recipe(member, steps // 2, **size_of_run)
+    tried = [train(size, other_seed, other_stream, replace(recipe, lr=recipe.lr * factor)) for factor in factors]
+    rate_check[size] = [run["held_out"][-1].mean() for run in tried]
+    print(f"{size:>5} ", *(f"lr {recipe.lr * f:.4f}: {x:.3f}" for f, x in zip(factors, rate_check[size], strict=True)))
+
+# %%
+runs = {
+    (size, seed): {
+        "third": train(size, seed, stream, family_recipe(member, steps // 3, **size_of_run)),
+        "half": train(size, seed, stream, family_recipe(member, steps // 2, **size_of_run)),
+        "cosine": train(size, seed, stream, family_recipe(member, steps, **size_of_run)),
+        "constant": train(size, seed, stream, replace(family_recipe(member, steps, **size_of_run), final_lr=1.0)),
+    }
+    for seed, stream in streams.items()
+    for size, member in family.items()
+}
