@@ -684,10 +684,28 @@ pieces = train_tokenizer(
     islice(training_documents(0), 1500), 1024, cache_folder() / "figure-5" / scale() / "tokenizer.model"
 )
 probe = probe_rows(pieces, held_out, shares(sources), rows=by_scale(smoke=8, laptop=128, a100=512))
-streams = {seed: token_stream(pieces, training_documents(seed), steps * size_of_run["batch_tokens"] + 1) for seed in seeds()}
-print(f"{len(probe)} held-out rows; {steps * size_of_run['batch_tokens']:,} training tokens in {steps} steps")
+tokens = steps * size_of_run["batch_tokens"]
+streams = {seed: token_stream(pieces, training_documents(seed), tokens + 1) for seed in seeds()}
+print(f"{len(probe)} held-out rows; {tokens:,} training tokens in {steps} steps")
 
 # %% [markdown]
+# ### What would count
+#
+# Written before the runs, as every criterion in this book:
+#
+# 1. *Larger is better.* The final held-out loss of each size, minus that of the next larger one, is above 0: the 95 %
+#    interval over seeds and held-out rows, and every seed.
+# 2. *No sign of saturation.* The slope of the held-out loss over the last fifth of the tokens is below 0, by interval
+#    and every seed, for every size. The size whose interval comes closest to 0 decides.
+# 3. The learning rate falls during that fifth, and a falling rate lowers the loss by itself. So the slope must be below
+#    0 at a *constant* learning rate too: that is what more data do without annealing. And the fully annealed run on all
+#    tokens must beat the fully annealed run on a half of them.
+#
+# Held-out rows are the better witness of a slope than the training loss: they are the same text at each checkpoint,
+# while neighbouring batches differ by more than a fifth of a run changes.
+#
+# ### Four runs a size
+#
 # Each size is trained four times per seed: by the paper's recipe on all tokens, on a half and on a third of them (every
 # run has its own cosine, and the shorter ones see the first rows of the long one), and once more on all tokens at a
 # constant learning rate. A run keeps the loss of every step and, twenty times on its way, that of every held-out row.
@@ -717,7 +735,7 @@ def train(size: str, seed: int, stream: np.ndarray, recipe: PretrainConfig) -> d
 
 
 # %% [markdown]
-# ### The learning rate
+# ### A learning rate for each size
 #
 # Table 1 halves the learning rate for 70B, which is twice as wide as 7B. Our rule is the same proportion: the rate goes
 # with one over the width. Is it fair to every size? Half and twice the rule's rate, on a half of the tokens, with a
@@ -725,7 +743,7 @@ def train(size: str, seed: int, stream: np.ndarray, recipe: PretrainConfig) -> d
 
 # %%
 other_seed = 100
-other_stream = token_stream(pieces, training_documents(other_seed), steps * size_of_run["batch_tokens"] + 1)
+other_stream = token_stream(pieces, training_documents(other_seed), tokens + 1)
 factors = (0.5, 1, 2)
 rate_check = {}
 for size, member in family.items():
@@ -745,3 +763,298 @@ runs = {
     for seed, stream in streams.items()
     for size, member in family.items()
 }
+
+# %% [markdown]
+# ### Larger is better?
+
+# %%
+from itertools import pairwise
+
+from llama2lib.paper import SIZES
+from llama2lib.stats import paired_interval
+
+
+def at_end(size: str, schedule: str) -> np.ndarray:
+    "Final held-out loss of a size, [seeds, rows]."
+    return np.stack([runs[size, seed][schedule]["held_out"][-1] for seed in streams])
+
+
+def by_seed(scores: np.ndarray) -> dict[int, float]:
+    "Mean over rows for each seed, for the ledger. [seeds, rows]"
+    return dict(zip(streams, scores.mean(1).tolist(), strict=True))
+
+
+names, paper_end = list(family), paper.PAPER["Figure 5"]["nats per token, end"]
+for size in names:
+    print(f"{size:>5}: {at_end(size, 'cosine').mean():.3f} nats per token at the end;", *(
+        f"seed {seed}: {loss:.3f}" for seed, loss in by_seed(at_end(size, "cosine")).items()
+    ))  # fmt: skip
+for (small, large), (paper_small, paper_large) in zip(pairwise(names), pairwise(SIZES), strict=False):
+    gap = paired_interval(at_end(small, "cosine"), at_end(large, "cosine"))
+    row = ledger.record(
+        "Figure 5",
+        f"loss of {small} minus loss of {large} (held-out nats per token; paper: {paper_small} minus {paper_large})",
+        "> 0",
+        round(paper_end[paper_small] - paper_end[paper_large], 2),
+        gap.value,
+        interval=gap[1:],
+        seeds=by_seed(at_end(small, "cosine") - at_end(large, "cosine")),
+        evidence="chapters/02_pretraining.py::at_end",
+    )
+    print(f"{small:>5} - {large:<5} {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]: {row['status']}")
+
+# %% [markdown]
+# ### A sign of saturation?
+#
+# The slope is the least-squares line through the checkpoints of the last fifth, for every row by itself, so that rows
+# and seeds give its interval.
+
+
+# %%
+#| export scaling
+def late_slopes(tokens: np.ndarray, losses: np.ndarray, last: float = 0.2) -> np.ndarray:
+    """Least-squares slope of each row's loss over the `last` share of the tokens, in nats per million tokens.
+
+    tokens [checkpoints], losses [checkpoints, rows] → [rows]. ValueError when fewer than two checkpoints are that late.
+    """
+    late = tokens >= (1 - last) * tokens[-1]
+    if late.sum() < 2:
+        raise ValueError(f"{late.sum()} of {len(tokens)} checkpoints lie in the last {last:.0%}: expected two or more")
+    x = tokens[late] / 1e6 - tokens[late].mean() / 1e6
+    return x @ losses[late] / (x @ x)
+
+
+# %%
+from llama2lib.scaling import late_slopes
+
+ramp = np.linspace(0, 1e6, 11)[:, None]
+assert np.allclose(late_slopes(ramp[:, 0], np.where(ramp < 8e5, 9, 5 - 2e-6 * ramp)), -2)
+
+
+def effects(size: str) -> dict[str, np.ndarray]:
+    "What the criteria are about, [seeds, rows]: two slopes (nats per million tokens), and the gain of twice the data."
+    slopes = {}
+    for schedule in ("cosine", "constant"):
+        of_seed = [runs[size, seed][schedule] for seed in streams]
+        slopes[schedule] = np.stack([late_slopes(run["tokens"], run["held_out"]) for run in of_seed])
+    return slopes | {"half minus all": at_end(size, "half") - at_end(size, "cosine")}
+
+
+measured = {size: effects(size) for size in names}
+intervals = {size: {what: paired_interval(x, 0 * x) for what, x in measured[size].items()} for size in names}
+for size in names:
+    print(f"{size:>5} ", *(f"{w} {i.value:.3f} [{i.low:.3f}, {i.high:.3f}] " for w, i in intervals[size].items()))
+for claim, what, criterion in (
+    ("slope of the loss over the last fifth of the tokens (nats per million tokens)", "cosine", "< 0"),
+    ("the same slope at a constant learning rate (nats per million tokens)", "constant", "< 0"),
+    ("loss on half the tokens minus loss on all, each annealed (nats per token)", "half minus all", "> 0"),
+):
+    of = {size: intervals[size][what] for size in names}
+    weakest = max(of, key=lambda s: of[s].high) if criterion == "< 0" else min(of, key=lambda s: of[s].low)
+    row = ledger.record(
+        "Figure 5",
+        f"{claim}, the size nearest to 0",
+        criterion,
+        "no sign of saturation",
+        of[weakest].value,
+        interval=of[weakest][1:],
+        seeds=by_seed(measured[weakest][what]),
+        evidence="chapters/02_pretraining.py::effects",
+    )
+    print(f"{claim}: {row['status']}, by {weakest}")
+
+# %% [markdown]
+# The picture: our losses on the left, with what the same runs do at a constant learning rate; the paper's end points on
+# the right. The two axes cannot share a scale: ours counts pieces of a vocabulary of 1,024, the paper's of 32,000.
+
+# %%
+shades = dict(zip(names, [plots.COLORS[size] for size in SIZES], strict=False))
+fig, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.9), width_ratios=[2, 1])
+for size in names:
+    for schedule, line in (("cosine", "-"), ("constant", ":")):
+        of_seed = [runs[size, seed][schedule] for seed in streams]
+        seen = of_seed[0]["tokens"] / 1e6
+        held_out_curve = np.mean([run["held_out"].mean(1) for run in of_seed], 0)
+        left.plot(seen, held_out_curve, line, color=shades[size])
+    end = at_end(size, "cosine").mean()
+    left.annotate(f"{size}: {end:.2f}", (seen[-1], end), (6, -3), textcoords="offset points", color=shades[size])
+left.plot([], [], "-", color="0.3", label="cosine to a tenth, the paper's")
+left.plot([], [], ":", color="0.3", label="constant after the warm-up")
+left.set(
+    xlabel="training tokens (millions)",
+    ylabel="held-out loss (nats per token)",
+    title="Ours: larger is lower, and all still fall",
+    xlim=(0, seen[-1] * 1.16),
+)
+left.legend()
+billions = [LLAMA2[size].num_params / 1e9 for size in SIZES]
+for size, x in zip(SIZES, billions, strict=True):
+    right.plot(x, paper_end[size], **plots.RINGS | {"color": plots.COLORS[size]})
+    right.annotate(size, (x, paper_end[size]), (7, 3), textcoords="offset points", color=plots.COLORS[size])
+right.set(
+    xscale="log",
+    xlim=(5, 130),
+    xlabel="parameters (billions)",
+    ylabel="training loss after 2T tokens (nats per token)",
+    title="The paper's end points",
+)
+right.set_xticks([7, 13, 34, 70], ["7", "13", "34", "70"], minor=False)
+right.minorticks_off()
+plots.save(fig, "figure_05.png")
+
+# %% [markdown]
+# ### A law?
+#
+# Hoffmann et al. (2022, approach 3) describe such losses by $L(N, D) = E + A / N^\alpha + B / D^\beta$: what no model
+# can predict, what a finite model misses, what finite data leave unlearned. The five numbers are fitted with a Huber
+# loss on the logarithms, so that one odd run does not rule, and from several starts, because the valley is flat.
+#
+# > Ours: only the ends of annealed runs are points: four sizes times three amounts of data. A cosine run read half-way
+# > is not one, since its learning rate is still high.
+
+
+# %%
+#| export scaling
+from itertools import product
+from typing import NamedTuple
+
+from scipy.optimize import least_squares
+from scipy.special import logsumexp, softmax
+
+
+class ScalingLaw(NamedTuple):
+    "L(N, D) = E + A / N^alpha + B / D^beta, in nats per token (Hoffmann et al. 2022, equation 2)."
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+
+    def loss(self, parameters, tokens) -> np.ndarray:
+        "The loss it predicts; numbers or arrays that broadcast."
+        return self.E + self.A / np.asarray(parameters) ** self.alpha + self.B / np.asarray(tokens) ** self.beta
+
+
+STARTS = tuple(product((0.1, 0.5, 0.9), (0.1, 0.5), (0.1, 0.5)))  # E's share of the lowest loss, alpha, beta
+
+
+def fit_scaling_law(parameters, tokens, loss, starts: Sequence[tuple[float, float, float]] = STARTS) -> ScalingLaw:
+    """The law nearest to some losses: Huber loss (delta 0.001) on log-loss, the best of all starts.
+
+    parameters, tokens, loss [points], loss in nats. Exponents stay in 0.01…3. ValueError for fewer than five points.
+    """
+    n, d, target = np.log(parameters), np.log(tokens), np.log(loss)
+    if not n.shape == d.shape == target.shape or n.size < 5:
+        raise ValueError(f"points of shapes {n.shape}, {d.shape}, {target.shape}: expected five or more of each")
+    n_mid, d_mid, lowest = n.mean(), d.mean(), target.min()
+
+    def terms(x):
+        e, a, alpha, b, beta = x
+        return np.stack([np.full_like(n, e), a - alpha * (n - n_mid), b - beta * (d - d_mid)])
+
+    def misfit(x):
+        return logsumexp(terms(x), axis=0) - target
+
+    def slopes_of_misfit(x):
+        of_e, of_a, of_b = softmax(terms(x), axis=0)
+        return np.stack([of_e, of_a, -of_a * (n - n_mid), of_b, -of_b * (d - d_mid)], axis=1)
+
+    best = None
+    for share, alpha, beta in starts:
+        rest = lowest + np.log((1 - share) / 2)
+        start = [lowest + np.log(share), rest, alpha, rest, beta]
+        bounds = [-10, -10, 0.01, -10, 0.01], [lowest, 5, 3, 5, 3]
+        found = least_squares(misfit, start, slopes_of_misfit, bounds, loss="huber", f_scale=1e-3, max_nfev=200)
+        best = found if best is None or found.cost < best.cost else best
+    e, a, alpha, b, beta = best.x
+    return ScalingLaw(*map(float, (np.exp(e), np.exp(a + alpha * n_mid), alpha, np.exp(b + beta * d_mid), beta)))
+
+
+def bootstrap_laws(parameters, tokens, losses: np.ndarray, resamples: int, seed: int = 0) -> list[ScalingLaw]:
+    "Laws of resampled data: seeds drawn with replacement and averaged, then points likewise. losses [seeds, points]"
+    random, laws = np.random.default_rng(seed), []
+    seeds, points = losses.shape
+    while len(laws) < resamples:
+        mean = losses[random.integers(seeds, size=seeds)].mean(0)
+        drawn = random.integers(points, size=points)
+        laws.append(fit_scaling_law(parameters[drawn], tokens[drawn], mean[drawn], STARTS[::4]))
+    return laws
+
+
+# %% [markdown]
+# On losses made from a known law it finds that law:
+
+# %%
+from llama2lib.scaling import STARTS, ScalingLaw, bootstrap_laws, fit_scaling_law
+
+planted = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # Hoffmann et al. 2022
+grid = np.meshgrid(np.geomspace(1e8, 1e10, 4), np.geomspace(1e9, 1e11, 3))
+found = fit_scaling_law(*(x.ravel() for x in grid), planted.loss(*grid).ravel())
+assert np.allclose(found, planted, rtol=0.01)
+
+# %% [markdown]
+# Our twelve points, the law, and how sure it is of itself: resampled seeds and points, and the sizes left out one at a
+# time and predicted from the others.
+
+# %%
+points = [(size, share) for size in names for share in ("third", "half", "cosine")]
+one_seed = next(iter(streams))
+n = np.array([non_embedding(family[size]) for size, _ in points], dtype=float)
+d = np.array([runs[size, one_seed][share]["tokens"][-1] for size, share in points], dtype=float)
+ends = np.stack([at_end(size, share).mean(1) for size, share in points], 1)
+law = fit_scaling_law(n, d, ends.mean(0))
+resampled = bootstrap_laws(n, d, ends, resamples=by_scale(smoke=3, laptop=100, a100=1000))
+low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+for name, value, bottom, top in zip(law._fields, law, low, high, strict=True):
+    print(f"{name:>5} = {value:10.4g}  [{bottom:.2g}, {top:.2g}]")
+print(f"typical misfit {np.abs(law.loss(n, d) - ends.mean(0)).mean():.3f} nats per token")
+
+# %%
+for size in names if len(names) > 2 else ():  # two sizes leave one, which says nothing about size
+    others = n != non_embedding(family[size])
+    predicted = fit_scaling_law(n[others], d[others], ends.mean(0)[others]).loss(n[~others], d[~others])
+    print(f"{size:>5} predicted from the other sizes: {predicted[-1]:.3f}, measured {ends.mean(0)[~others][-1]:.3f}")
+
+# %%
+fig, ax = plt.subplots()
+for size in names:
+    of_size = n == non_embedding(family[size])
+    ax.plot(d[of_size] / 1e6, ends.mean(0)[of_size], "o", color=shades[size])
+    x = np.geomspace(d.min(), d.max(), 50)
+    ax.plot(x / 1e6, law.loss(n[of_size][0], x), "-", color=shades[size])
+    ax.annotate(
+        size, (d.max() / 1e6, ends.mean(0)[of_size][-1]), (7, -3), textcoords="offset points", color=shades[size]
+    )
+ax.set(
+    xscale="log",
+    xlabel="training tokens of the run (millions)",
+    ylabel="held-out loss at its end (nats per token)",
+    title="Twelve annealed runs (dots) and one law (lines)",
+)
+ax.set_xticks([d.min() / 1e6, d.max() / 2e6, d.max() / 1e6], ["0.33", "0.49", "0.98"], minor=False)
+ax.minorticks_off()
+plots.save(fig, "02_scaling_law.png")
+
+# %% [markdown]
+# And a cosine run read half-way, beside the run whose cosine ends there: this is the error that point would bring in.
+
+# %%
+for size in names:
+    half_way = np.stack([runs[size, seed]["cosine"]["held_out"] for seed in streams])
+    nearest = np.abs(runs[size, one_seed]["cosine"]["tokens"] - runs[size, one_seed]["half"]["tokens"][-1]).argmin()
+    print(f"{size:>5}: {half_way[:, nearest].mean():.3f} half-way, {at_end(size, 'half').mean():.3f} annealed")
+
+# %% [markdown]
+# The paper's four end points share one amount of data, so that $B / D^\beta$ hides in $E$, and three unknowns are left
+# for four points that were read off a chart to about 0.01. Every $E$ from 0 to 1.2 fits them within that, with an
+# exponent to match. So the figure says roughly where a ten times larger model would end, and nothing about the floor.
+
+# %%
+sizes_n = np.array([non_embedding(LLAMA2[size]) for size in SIZES])
+sizes_loss = np.array([paper_end[size] for size in SIZES])
+for E in (0.0, 0.4, 0.8, 1.2):
+    slope, offset = np.polyfit(np.log(sizes_n), np.log(sizes_loss - E), 1)
+    misfit = np.abs(E + np.exp(offset + slope * np.log(sizes_n)) - sizes_loss).max()
+    print(f"E = {E}: alpha = {-slope:.3f}, largest misfit {misfit:.3f} nats; a tenfold 70B would reach "
+          f"{E + np.exp(offset + slope * np.log(10 * sizes_n[-1])):.2f}")  # fmt: skip

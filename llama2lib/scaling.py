@@ -6,6 +6,11 @@ __all__ = [
     "non_embedding",
     "family_recipe",
     "probe_rows",
+    "late_slopes",
+    "ScalingLaw",
+    "STARTS",
+    "fit_scaling_law",
+    "bootstrap_laws",
 ]
 
 
@@ -71,3 +76,86 @@ def probe_rows(
         starts = np.linspace(0, room - 1, count).astype(int) * length
         parts.append(stream[starts[:, None] + np.arange(length + 1)])
     return np.concatenate(parts)
+
+
+# ---------- chapters/02_pretraining.py · A sign of saturation?
+
+def late_slopes(tokens: np.ndarray, losses: np.ndarray, last: float = 0.2) -> np.ndarray:
+    """Least-squares slope of each row's loss over the `last` share of the tokens, in nats per million tokens.
+
+    tokens [checkpoints], losses [checkpoints, rows] → [rows]. ValueError when fewer than two checkpoints are that late.
+    """
+    late = tokens >= (1 - last) * tokens[-1]
+    if late.sum() < 2:
+        raise ValueError(f"{late.sum()} of {len(tokens)} checkpoints lie in the last {last:.0%}: expected two or more")
+    x = tokens[late] / 1e6 - tokens[late].mean() / 1e6
+    return x @ losses[late] / (x @ x)
+
+
+# ---------- chapters/02_pretraining.py · A law?
+
+from itertools import product
+from typing import NamedTuple
+
+from scipy.optimize import least_squares
+from scipy.special import logsumexp, softmax
+
+
+class ScalingLaw(NamedTuple):
+    "L(N, D) = E + A / N^alpha + B / D^beta, in nats per token (Hoffmann et al. 2022, equation 2)."
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+
+    def loss(self, parameters, tokens) -> np.ndarray:
+        "The loss it predicts; numbers or arrays that broadcast."
+        return self.E + self.A / np.asarray(parameters) ** self.alpha + self.B / np.asarray(tokens) ** self.beta
+
+
+STARTS = tuple(product((0.1, 0.5, 0.9), (0.1, 0.5), (0.1, 0.5)))  # E's share of the lowest loss, alpha, beta
+
+
+def fit_scaling_law(parameters, tokens, loss, starts: Sequence[tuple[float, float, float]] = STARTS) -> ScalingLaw:
+    """The law nearest to some losses: Huber loss (delta 0.001) on log-loss, the best of all starts.
+
+    parameters, tokens, loss [points], loss in nats. Exponents stay in 0.01…3. ValueError for fewer than five points.
+    """
+    n, d, target = np.log(parameters), np.log(tokens), np.log(loss)
+    if not n.shape == d.shape == target.shape or n.size < 5:
+        raise ValueError(f"points of shapes {n.shape}, {d.shape}, {target.shape}: expected five or more of each")
+    n_mid, d_mid, lowest = n.mean(), d.mean(), target.min()
+
+    def terms(x):
+        e, a, alpha, b, beta = x
+        return np.stack([np.full_like(n, e), a - alpha * (n - n_mid), b - beta * (d - d_mid)])
+
+    def misfit(x):
+        return logsumexp(terms(x), axis=0) - target
+
+    def slopes_of_misfit(x):
+        of_e, of_a, of_b = softmax(terms(x), axis=0)
+        return np.stack([of_e, of_a, -of_a * (n - n_mid), of_b, -of_b * (d - d_mid)], axis=1)
+
+    best = None
+    for share, alpha, beta in starts:
+        rest = lowest + np.log((1 - share) / 2)
+        start = [lowest + np.log(share), rest, alpha, rest, beta]
+        bounds = [-10, -10, 0.01, -10, 0.01], [lowest, 5, 3, 5, 3]
+        found = least_squares(misfit, start, slopes_of_misfit, bounds, loss="huber", f_scale=1e-3, max_nfev=200)
+        best = found if best is None or found.cost < best.cost else best
+    e, a, alpha, b, beta = best.x
+    return ScalingLaw(*map(float, (np.exp(e), np.exp(a + alpha * n_mid), alpha, np.exp(b + beta * d_mid), beta)))
+
+
+def bootstrap_laws(parameters, tokens, losses: np.ndarray, resamples: int, seed: int = 0) -> list[ScalingLaw]:
+    "Laws of resampled data: seeds drawn with replacement and averaged, then points likewise. losses [seeds, points]"
+    random, laws = np.random.default_rng(seed), []
+    seeds, points = losses.shape
+    while len(laws) < resamples:
+        mean = losses[random.integers(seeds, size=seeds)].mean(0)
+        drawn = random.integers(points, size=points)
+        laws.append(fit_scaling_law(parameters[drawn], tokens[drawn], mean[drawn], STARTS[::4]))
+    return laws
