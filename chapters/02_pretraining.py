@@ -566,9 +566,9 @@ assert abs(losses[0] - math.log(512)) < 0.3 and losses[-1] < losses[0] / 2
 # labelled 'Train PPL', but a perplexity of 1.4 to 2.2 would be half a bit per token: the values are the loss itself, in
 # nats per token.
 #
-# > Ours: a family of four sizes with a factor of 30 between the smallest and the largest, on the same million tokens of
+# > Ours: a family of five sizes with a factor of 120 between the smallest and the largest, on the same million tokens of
 # > the packaged text. Sizes are named by their parameters without the embedding and the output matrix, because at our
-# > widths these two are most of a model. Depth grows more slowly than width, as in the paper; heads are 16 wide.
+# > widths these two are much of a model. Depth grows more slowly than width, as in the paper; heads are 16 wide.
 
 # %%
 #| export scaling
@@ -583,6 +583,7 @@ def family_member(dim: int, n_layers: int) -> ModelConfig:
 
 
 FAMILY = {
+    "7k": family_member(16, n_layers=2),
     "27k": family_member(32, n_layers=2),
     "101k": family_member(64, n_layers=2),
     "332k": family_member(96, n_layers=3),
@@ -608,7 +609,14 @@ from llama2lib.scaling import FAMILY, family_recipe, non_embedding
 
 for size, member in FAMILY.items():
     assert size == f"{non_embedding(member) / 1000:.0f}k"
-    print(f"{size:>5} and {2 * member.vocab_size * member.dim:,} in the embedding and output: {member}")
+    shape = f"{member.dim} wide, {member.n_layers} layers, {member.num_params:,} with embedding and output"
+    print(f"{size:>5}: {shape}; {480 * 2048 / non_embedding(member):.1f} tokens per parameter")
+for size in ("7B", "70B"):
+    print(f"{size:>5}: {2e12 / non_embedding(LLAMA2[size]):.0f} tokens per parameter")
+
+# %% [markdown]
+# A million tokens are to the two smallest what two trillion are to the paper's sizes. The larger ones see far less text
+# per parameter than any model of the paper, which has a price: where text is what is short, size buys little.
 
 # %% [markdown]
 # ### One stream for all sizes
@@ -789,13 +797,13 @@ for size in names:
     print(f"{size:>5}: {at_end(size, 'cosine').mean():.3f} nats per token at the end;", *(
         f"seed {seed}: {loss:.3f}" for seed, loss in by_seed(at_end(size, "cosine")).items()
     ))  # fmt: skip
-for (small, large), (paper_small, paper_large) in zip(pairwise(names), pairwise(SIZES), strict=False):
+for small, large in pairwise(names):
     gap = paired_interval(at_end(small, "cosine"), at_end(large, "cosine"))
     row = ledger.record(
         "Figure 5",
-        f"loss of {small} minus loss of {large} (held-out nats per token; paper: {paper_small} minus {paper_large})",
+        f"loss of {small} minus loss of {large} (held-out nats per token)",
         "> 0",
-        round(paper_end[paper_small] - paper_end[paper_large], 2),
+        [paper_end[size] for size in SIZES],
         gap.value,
         interval=gap[1:],
         seeds=by_seed(at_end(small, "cosine") - at_end(large, "cosine")),
@@ -868,7 +876,7 @@ for claim, what, criterion in (
 # the right. The two axes cannot share a scale: ours counts pieces of a vocabulary of 1,024, the paper's of 32,000.
 
 # %%
-shades = dict(zip(names, [plots.COLORS[size] for size in SIZES], strict=False))
+shades = dict(zip(names, plt.cm.viridis(np.linspace(0.9, 0.05, len(names))), strict=True))
 fig, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.9), width_ratios=[2, 1])
 for size in names:
     for schedule, line in (("cosine", "-"), ("constant", ":")):
@@ -909,7 +917,7 @@ plots.save(fig, "figure_05.png")
 # can predict, what a finite model misses, what finite data leave unlearned. The five numbers are fitted with a Huber
 # loss on the logarithms, so that one odd run does not rule, and from several starts, because the valley is flat.
 #
-# > Ours: only the ends of annealed runs are points: four sizes times three amounts of data. A cosine run read half-way
+# > Ours: only the ends of annealed runs are points: five sizes times three amounts of data. A cosine run read half-way
 # > is not one, since its learning rate is still high.
 
 
@@ -994,7 +1002,7 @@ found = fit_scaling_law(*(x.ravel() for x in grid), planted.loss(*grid).ravel())
 assert np.allclose(found, planted, rtol=0.01)
 
 # %% [markdown]
-# Our twelve points, the law, and how sure it is of itself: resampled seeds and points, and the sizes left out one at a
+# Our fifteen points, the law, and how sure it is of itself: resampled seeds and points, and the sizes left out one at a
 # time and predicted from the others.
 
 # %%
@@ -1030,7 +1038,7 @@ ax.set(
     xscale="log",
     xlabel="training tokens of the run (millions)",
     ylabel="held-out loss at its end (nats per token)",
-    title="Twelve annealed runs (dots) and one law (lines)",
+    title="Ends of annealed runs (dots) and one law (lines)",
 )
 ax.set_xticks([d.min() / 1e6, d.max() / 2e6, d.max() / 1e6], ["0.33", "0.49", "0.98"], minor=False)
 ax.minorticks_off()

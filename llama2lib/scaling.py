@@ -27,6 +27,7 @@ def family_member(dim: int, n_layers: int) -> ModelConfig:
 
 
 FAMILY = {
+    "7k": family_member(16, n_layers=2),
     "27k": family_member(32, n_layers=2),
     "101k": family_member(64, n_layers=2),
     "332k": family_member(96, n_layers=3),
