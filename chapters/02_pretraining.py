@@ -562,13 +562,13 @@ assert abs(losses[0] - math.log(512)) < 0.3 and losses[-1] < losses[0] / 2
 # ## Figure 5: larger models, same tokens
 #
 # The paper's Figure 5 draws the training loss of the four sizes over the same two trillion tokens. It makes two points:
-# a larger model has the lower loss, and after 2T tokens no size shows a sign of saturation. The figure's axis is
-# labelled 'Train PPL', but a perplexity of 1.4 to 2.2 would be half a bit per token: the values are the loss itself, in
-# nats per token.
+# a larger model has the lower loss, and after 2T tokens no size shows a sign of saturation. The axis is labelled 'Train
+# PPL', which cannot be: a perplexity of 1.5 would be 0.6 bits per token. The values, 1.4 to 2.2, are plausible as the
+# loss itself, in nats per token, and so we read them.
 #
-# > Ours: a family of five sizes with a factor of 120 between the smallest and the largest, on the same million tokens of
-# > the packaged text. Sizes are named by their parameters without the embedding and the output matrix, because at our
-# > widths these two are much of a model. Depth grows more slowly than width, as in the paper; heads are 16 wide.
+# > Ours: a family of five sizes, the largest 120 times the smallest, on the same million tokens of the packaged text.
+# > Sizes are named by their parameters without the embedding and the output matrix, because at our widths these two are
+# > much of a model. Depth grows more slowly than width, as in the paper; heads are 16 wide.
 
 # %%
 #| export scaling
@@ -717,6 +717,11 @@ print(f"{len(probe)} held-out rows; {tokens:,} training tokens in {steps} steps"
 # Each size is trained four times per seed: by the paper's recipe on all tokens, on a half and on a third of them (every
 # run has its own cosine, and the shorter ones see the first rows of the long one), and once more on all tokens at a
 # constant learning rate. A run keeps the loss of every step and, twenty times on its way, that of every held-out row.
+#
+# > Ours: the warm-up is a fifth of the long run, where the paper's is 0.4 %. With 480 steps in all, and weights that
+# > start at 0.02, one step at our peak rates moves a weight by a large part of itself; a short warm-up left the wider
+# > models behind in trial runs. Warm-up and rates were settled on trials, and the smallest size was added after a look
+# > at the first seed of the others; the criteria stayed as they are.
 
 
 # %%
