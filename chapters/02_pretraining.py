@@ -817,9 +817,9 @@ for small, large in pairwise(names):
     print(f"{small:>5} - {large:<5} {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]: {row['status']}")
 
 # %% [markdown]
-# The first two gaps are a quarter of a nat each. From 101k parameters on, size brings little: with fewer than ten tokens
-# per parameter, text is what is short, and 480 steps are few to train a wide model. Where the interval contains 0, the
-# paper's claim is not reproduced at this scale, and the ledger says so.
+# The first two gaps are a quarter of a nat each. From 101k parameters on, size brings little: with fewer than ten
+# tokens per parameter, text is what is short, and 480 steps are few to train a wide model. Where the interval contains
+# 0, the paper's claim is not reproduced at this scale, and the ledger says so.
 #
 # ### A sign of saturation?
 #
@@ -886,8 +886,8 @@ for claim, what, criterion in (
 # parameter are the paper's, wobbles at its high constant rate by as much as it falls, and three seeds do not settle it.
 # For it the fair witness is the last column: annealed on all tokens against annealed on half.
 #
-# So a falling loss at the end of a cosine is weak evidence against saturation: a part of the fall is the schedule's. The
-# paper's figure has no such control.
+# So a falling loss at the end of a cosine is weak evidence against saturation: a part of the fall can be the
+# schedule's. The paper's figure has no such control.
 #
 # The picture: our losses on the left, with what the same runs do at a constant learning rate; the paper's end points on
 # the right. The two axes cannot share a scale: ours counts pieces of a vocabulary of 1,024, the paper's of 32,000.
