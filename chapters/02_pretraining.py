@@ -2385,6 +2385,7 @@ row = ledger.record(
 )  # fmt: skip
 print(row["status"])
 
+# %% [markdown]
 # ## Figure 5: larger models, same tokens
 #
 # The paper's Figure 5 draws the training loss of the four sizes over the same two trillion tokens. It makes two points:
