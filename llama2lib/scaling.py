@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/02_pretraining.py · Launcher cells
+# ---------- chapters/02_pretraining.py · Figure 5: larger models, same tokens
 
 from llama2lib.model import ModelConfig, swiglu_width
 from llama2lib.pretrain import PretrainConfig
