@@ -2052,7 +2052,8 @@ class StateFolder:
 
     def __init__(self, folder: Path, keep: int = 2, in_background: bool = False):
         self.folder, self.keep, self.in_background = Path(folder), keep, in_background
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # not in the training's way
+        # two groups beside the training's own: one that writes and reads, maybe in the background, one that reports
+        self.disk, self.group = (dist.new_group(backend="gloo") if dist.is_initialized() else None for _ in range(2))
         self.pending: tuple[Path, Future] | None = None
 
     def latest(self) -> Path | None:
@@ -2079,7 +2080,7 @@ class StateFolder:
         with self._told(step), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is fine
             save = dcp.async_save if self.in_background else dcp.save
-            written = save(tensors, checkpoint_id=partial, process_group=self.group, no_dist=self.group is None)
+            written = save(tensors, checkpoint_id=partial, process_group=self.disk, no_dist=self.disk is None)
         self.pending = target, written
         if not self.in_background:
             self.wait()
@@ -2111,7 +2112,7 @@ class StateFolder:
         rng = {name: state for name, state in _rng_tensors().items() if name in stored}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors | rng, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+            dcp.load(tensors | rng, storage_reader=reader, process_group=self.disk, no_dist=self.disk is None)
         for name, state in rng.items():
             (torch.cuda.set_rng_state if "cuda" in name else torch.set_rng_state)(state)
         return facts

@@ -132,6 +132,10 @@ def test_every_rank_hears_that_a_folder_could_not_be_written(tmp_path):
     torchrun("full_disk", str(tmp_path / "model"))
 
 
+def test_saving_in_the_background_does_not_cross_what_ranks_tell_each_other(tmp_path):
+    torchrun("background", str(tmp_path), nproc=3)
+
+
 def test_weights_do_not_depend_on_how_many_rows_a_rank_draws():
     model = Llama(LLAMA2["debug"])
     init_weights(model, seed=5)

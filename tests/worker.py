@@ -105,6 +105,22 @@ def reductions(_):
     }, counted  # fmt: skip
 
 
+def background(out: str):
+    "Saves in the background, one behind the other: all of them succeed, and the last is what was saved last."
+    with distributed.processes() as device:
+        model = Llama(LLAMA2["debug"])
+        distributed.parallelize(model, distributed.make_mesh(Parallel(), device.type), Parallel())
+        distributed.init_weights(model, seed=3)
+        tensors = distributed.training_tensors(model, pretrain.adamw(model, 1e-3))
+        states = distributed.StateFolder(Path(out), in_background=True)
+        for step in range(1, 21):
+            tensors["model.norm.weight"].fill_(step)
+            states.save(step, tensors, {})
+        states.wait()
+        tensors["model.norm.weight"].fill_(0)
+        assert states.load(tensors) == {"step": 20} and tensors["model.norm.weight"].full_tensor().eq(20).all()
+
+
 def anonymous_bytes() -> int:
     "Memory of this process that no file backs."
     return int(next(s for s in open("/proc/self/status") if s.startswith("RssAnon")).split()[1]) * 1024
