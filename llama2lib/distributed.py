@@ -27,7 +27,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -265,8 +265,8 @@ def _rng_tensors() -> dict[str, Tensor]:
 class StateFolder:
     """The checkpoints of a run: `folder`/step-00001000 …, the file `latest`, and at most `keep` of them.
 
-    All ranks call the methods together. With `in_background`, `save` returns when the tensors are copied; `wait` before
-    the run ends.
+    All ranks call the methods together. With `in_background`, `save` returns when the tensors are copied: `poll` now
+    and then, since a save counts only when it is found to have ended, and `wait` before the run ends.
     """
 
     def __init__(self, folder: Path, keep: int = 2, in_background: bool = False):
@@ -314,13 +314,24 @@ class StateFolder:
                 written.result()
         with self._told(int(target.name[5:])):
             if self._first():
-                shutil.rmtree(target, ignore_errors=True)
-                (self.folder / f".{target.name}.partial").rename(target)
-                write_atomic(self.folder / "latest", target.name + "\n")
-                saved = sorted(path for path in self.folder.glob("step-*"))
-                newer = [path for path in saved if path.name > target.name]  # of a run that was set back
-                for old in newer + saved[: len(saved) - len(newer)][: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                self._publish(target)
+
+    def poll(self):
+        "Make a background save that has ended the newest checkpoint, without waiting; rank 0 alone acts."
+        if self.pending and self._first() and self.pending[1].done() and not self.pending[1].exception():
+            with suppress(OSError):  # `wait` tries again, and tells
+                self._publish(self.pending[0])
+
+    def _publish(self, target: Path):
+        partial = self.folder / f".{target.name}.partial"
+        if partial.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        write_atomic(self.folder / "latest", target.name + "\n")
+        saved = sorted(path for path in self.folder.glob("step-*"))
+        newer = [path for path in saved if path.name > target.name]  # of a run that was set back
+        for old in newer + saved[: len(saved) - len(newer)][: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def load(self, tensors: dict[str, Tensor]) -> dict:
         "Read the newest checkpoint into `tensors`, in place, however they are divided; returns its facts."

@@ -364,6 +364,7 @@ def run(config: PretrainConfig) -> Path:
         tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
         try:
             for step in pretrain(model, data, config, optimizer=optimizer, start=start):
+                states.poll()
                 now = time.perf_counter()
                 line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
                 if first:

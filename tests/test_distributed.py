@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -244,6 +245,34 @@ def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
     folder.wait()
     folder.load(training_tensors(model, optimizer))
     assert torch.equal(model.output.weight, before)
+
+
+def test_a_background_save_counts_from_its_end_and_not_from_the_next_save(shards, tmp_path, monkeypatch):
+    "A run killed between two saves would otherwise lose the steps of both."
+    from llama2lib import pretrain as module
+
+    class InBackground(StateFolder):
+        def __init__(self, folder, keep, in_background):
+            super().__init__(folder, keep, in_background=True)
+
+    def dying(*args, **options):
+        for step in pretrain(*args, **options):
+            if step.step == 13:
+                assert states(tmp_path) == ["step-00000008"], "a kill would now lose 13 steps"
+                raise RuntimeError("told to die")
+            if step.step == 12:
+                time.sleep(1)  # the writing of step 8 ends
+            yield step
+
+    monkeypatch.setattr(module, "StateFolder", InBackground)
+    monkeypatch.setattr(module, "pretrain", dying)
+    with pytest.raises(RuntimeError, match="told to die"):
+        run(config(json.dumps({"data": str(shards), "out": str(tmp_path)})))
+    assert StateFolder(tmp_path).latest().name == "step-00000008"
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
 
 
 def test_old_checkpoints_go_and_none_is_left_half_written(tmp_path):
