@@ -358,10 +358,10 @@ class StateFolder:
             yield
         except (Exception, CheckpointException) as caught:  # DCP's is not an Exception
             error = caught
-        failures = [error and str(_cause(error))]
+        failures = [error and (str(_cause(error)) or type(_cause(error)).__name__)]  # MemoryError has no words
         if self.group is not None:
-            failures = [None] * dist.get_world_size()
-            dist.all_gather_object(failures, error and str(_cause(error)), group=self.group)
+            failures, mine = [None] * dist.get_world_size(), failures[0]
+            dist.all_gather_object(failures, mine, group=self.group)
         if reasons := [reason for reason in failures if reason]:
             if self._first():
                 shutil.rmtree(self.folder / f".step-{step:08d}.partial", ignore_errors=True)

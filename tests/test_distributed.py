@@ -223,6 +223,19 @@ def trained(tmp_path, steps: int = 2, **options):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
+def test_an_error_without_words_is_a_failure_too(tmp_path, monkeypatch, in_background):
+    model, optimizer, folder = trained(tmp_path, in_background=in_background)
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.distributed.checkpoint.filesystem.FileSystemWriter, "write_data", no_memory)
+    with pytest.raises(OSError, match=r"after step 3 .*MemoryError; the last good checkpoint is .*step-00000002"):
+        folder.save(3, training_tensors(model, optimizer), {})
+        folder.wait()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_checkpoint_brings_everything_back(tmp_path, in_background):
     torch.manual_seed(7)
     model, optimizer, folder = trained(tmp_path, in_background=in_background)
