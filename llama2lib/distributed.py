@@ -276,14 +276,22 @@ class StateFolder:
         self.pending: tuple[Path, Future] | None = None
 
     def latest(self) -> Path | None:
-        "The newest whole checkpoint; None if there is none. ValueError if `latest` names one that is gone."
+        """The checkpoint that the file `latest` names, without that file the newest; None if there is none.
+
+        ValueError if `latest` names one that is gone.
+        """
+        saved = self._saved()
         try:
             name = (self.folder / "latest").read_text("utf-8").strip()
-        except FileNotFoundError:
-            return None
-        if not re.fullmatch(r"step-\d{8}", name) or not (self.folder / name / "run.json").is_file():
-            raise ValueError(f"{self.folder / 'latest'} names {name!r}, not there: restore it, or delete latest")
+        except FileNotFoundError:  # a kill just before the first was named, or a user who moved folders
+            return saved[-1] if saved else None
+        if self.folder / name not in saved:
+            there = ", ".join(path.name for path in saved) or "nothing"
+            raise ValueError(f"{self.folder / 'latest'} names {name!r}, not there ({there} is): write a name that is")
         return self.folder / name
+
+    def _saved(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict):
         "Write tensors and facts (JSON), the state after `step` steps; OSError, naming the last good one, if it fails."
@@ -293,7 +301,8 @@ class StateFolder:
         tensors = tensors | _rng_tensors()
         with self._told(step):
             if self._first():
-                shutil.rmtree(partial, ignore_errors=True)
+                for left in self.folder.glob(".step-*"):  # by a kill, in the midst of writing or removing
+                    shutil.rmtree(left, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_atomic(partial / "run.json", json.dumps(facts | {"step": step}, indent=1) + "\n")
         with self._told(step), warnings.catch_warnings():
@@ -325,13 +334,21 @@ class StateFolder:
     def _publish(self, target: Path):
         partial = self.folder / f".{target.name}.partial"
         if partial.exists():
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                self._remove(target)
             partial.rename(target)
         write_atomic(self.folder / "latest", target.name + "\n")
-        saved = sorted(path for path in self.folder.glob("step-*"))
+        saved = self._saved()
         newer = [path for path in saved if path.name > target.name]  # of a run that was set back
         for old in newer + saved[: len(saved) - len(newer)][: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            self._remove(old)
+
+    def _remove(self, folder: Path):
+        "Under another name: what is called step-… is whole, whenever a kill comes."
+        removed = self.folder / f".{folder.name}.removed"
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def load(self, tensors: dict[str, Tensor]) -> dict:
         "Read the newest checkpoint into `tensors`, in place, however they are divided; returns its facts."

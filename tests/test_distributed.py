@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -320,9 +321,44 @@ def test_a_full_disk_names_the_last_good_checkpoint_which_stays(tmp_path, monkey
 
 def test_a_latest_that_is_gone_is_named(tmp_path):
     _, _, folder = trained(tmp_path)
-    (folder.folder / "latest").write_text("step-00000009\n")
-    with pytest.raises(ValueError, match="latest names 'step-00000009'"):
-        folder.latest()
+    for name in ("step-00000009", "", "..", "step-00000001/../../run"):
+        (folder.folder / "latest").write_text(name)
+        with pytest.raises(ValueError, match=r"latest names '.*step-00000001, step-00000002 is\): write a name"):
+            folder.latest()
+
+
+def test_without_latest_a_run_goes_on_from_the_newest_instead_of_removing_it(tmp_path):
+    _, _, folder = trained(tmp_path)
+    (folder.folder / "latest").unlink()
+    assert folder.latest().name == "step-00000002"
+    assert StateFolder(tmp_path / "nothing").latest() is None
+
+
+def test_what_is_called_step_is_whole_also_when_its_removal_is_killed(tmp_path, monkeypatch):
+    model, optimizer, folder = trained(tmp_path)
+    whole = {path.name for path in folder.latest().iterdir()}
+
+    def killed(path, **_):
+        for file in list(path.glob("*"))[:1]:
+            file.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    folder.keep = 1
+    folder.save(3, training_tensors(model, optimizer), {})
+    assert states(folder.folder) == ["step-00000003"]
+    assert {path.name for path in folder.latest().iterdir()} == whole
+    monkeypatch.undo()
+    (folder.folder / ".step-00000077.partial").mkdir()  # of a run that saved more often
+    folder.save(4, training_tensors(model, optimizer), {})
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["latest", "step-00000004"]
+
+
+def test_a_users_copy_of_a_checkpoint_stays(tmp_path):
+    model, optimizer, folder = trained(tmp_path, steps=1)
+    folder.latest().rename(folder.folder / "step-00000001-good")
+    for step in (2, 3, 4):
+        folder.save(step, training_tensors(model, optimizer), {})
+    assert states(folder.folder) == ["step-00000001-good", "step-00000003", "step-00000004"]
 
 
 @pytest.mark.parametrize("place", [("posix", "system"), ("torch.distributed.checkpoint.filesystem", "os.system")])
