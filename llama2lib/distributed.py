@@ -58,7 +58,11 @@ from llama2lib.recipes import write_atomic
 
 @contextmanager
 def processes() -> Iterator[torch.device]:
-    "Join the processes that torchrun started (gloo on CPUs, NCCL on GPUs), if it did; yields this process's device."
+    """Join the processes that torchrun started (gloo on CPUs, NCCL on GPUs), if it did; yields this process's device.
+
+    Where one of several processes fails, the group is left to the process's end: NCCL takes it down only together with
+    the other ranks, which still wait for this one, and torchrun would never hear of the failure.
+    """
     cuda, launched = torch.cuda.is_available(), "RANK" in os.environ
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -71,10 +75,12 @@ def processes() -> Iterator[torch.device]:
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=bound)
+    failed = True
     try:
         yield device
+        failed = False
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
             dist.destroy_process_group()
 
 

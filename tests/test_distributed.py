@@ -36,12 +36,12 @@ from llama2lib.tokenizer import train_tokenizer
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def torchrun(*arguments: str, nproc: int = 2, flags: tuple[str, ...] = ()):
+def torchrun(*arguments: str, nproc: int = 2, flags: tuple[str, ...] = (), timeout: int = 300):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
     command += [str(WORKER), *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     errors = [line for line in ran.stderr.splitlines() if "Error" in line]
     assert ran.returncode == 0, "\n".join(errors) or ran.stderr[-4000:]
 
@@ -132,6 +132,11 @@ def test_folders_go_in_and_out_of_sharded_models_without_a_whole_one(tmp_path, l
 
 def test_every_rank_hears_that_a_folder_could_not_be_written(tmp_path):
     torchrun("full_disk", str(tmp_path / "model"))
+
+
+def test_a_process_that_fails_ends_while_the_others_wait_for_it():
+    with pytest.raises(AssertionError, match="told to die"):
+        torchrun("fails", "", timeout=60)
 
 
 def test_saving_in_the_background_does_not_cross_what_ranks_tell_each_other(tmp_path):

@@ -105,6 +105,15 @@ def reductions(_):
     }, counted  # fmt: skip
 
 
+def fails(_):
+    "One rank fails while the other waits for it; taking the group down takes both, as with NCCL."
+    dist.destroy_process_group = lambda: time.sleep(90)
+    with distributed.processes():
+        if dist.get_rank() == 1:
+            raise RuntimeError("told to die")
+        dist.barrier()
+
+
 def background(out: str):
     "Saves in the background, one behind the other: all of them succeed, and the last is what was saved last."
     with distributed.processes() as device:
