@@ -2138,18 +2138,36 @@ class StateFolder:
         shutil.rmtree(removed, ignore_errors=True)
 
     def load(self, tensors: dict[str, Tensor]) -> dict:
-        "Read the newest checkpoint into `tensors`, in place, however they are divided; returns its facts."
-        newest = self.latest()
-        facts = json.loads((newest / "run.json").read_text("utf-8"))
-        reader = _Reader(newest)
-        stored = reader.read_metadata().state_dict_metadata
-        rng = {name: state for name, state in _rng_tensors().items() if name in stored}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors | rng, storage_reader=reader, process_group=self.disk, no_dist=self.disk is None)
+        """Read the newest checkpoint into `tensors`, in place, however they are divided; returns its facts.
+
+        ValueError, naming the checkpoint, when it is damaged; the tensors are then undefined.
+        """
+        newest, facts = self.latest(), self.facts()
+        with self._naming(newest):
+            reader = _Reader(newest)
+            stored = reader.read_metadata().state_dict_metadata
+            rng = {name: state for name, state in _rng_tensors().items() if name in stored}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(tensors | rng, storage_reader=reader, process_group=self.disk, no_dist=self.disk is None)
         for name, state in rng.items():
             (torch.cuda.set_rng_state if "cuda" in name else torch.set_rng_state)(state)
         return facts
+
+    def facts(self) -> dict:
+        "What the newest checkpoint was saved with, and its step. ValueError when that is damaged."
+        with self._naming(newest := self.latest()):
+            return json.loads((newest / "run.json").read_text("utf-8"))
+
+    @contextmanager
+    def _naming(self, checkpoint: Path):
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            cause = _cause(error)
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            other = f"to go on from another, write its name into {self.folder / 'latest'}"
+            raise ValueError(f"{checkpoint} cannot be read ({reason}); {other}") from error
 
     def _first(self) -> bool:
         return self.group is None or dist.get_rank() == 0
@@ -2310,7 +2328,7 @@ def run(config: PretrainConfig) -> Path:
         optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
         tensors, facts, start = training_tensors(model, optimizer), {"settings": settings(config, data)}, 0
         if newest:
-            check_same(json.loads((newest / "run.json").read_text("utf-8"))["settings"], facts["settings"], newest)
+            check_same(states.facts()["settings"], facts["settings"], newest)
             start = states.load(tensors)["step"]
         log = Log(config.out, start, config.tensorboard) if first else None
         lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar

@@ -356,7 +356,7 @@ def run(config: PretrainConfig) -> Path:
         optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
         tensors, facts, start = training_tensors(model, optimizer), {"settings": settings(config, data)}, 0
         if newest:
-            check_same(json.loads((newest / "run.json").read_text("utf-8"))["settings"], facts["settings"], newest)
+            check_same(states.facts()["settings"], facts["settings"], newest)
             start = states.load(tensors)["step"]
         log = Log(config.out, start, config.tensorboard) if first else None
         lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar

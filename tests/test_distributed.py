@@ -332,6 +332,17 @@ def test_a_latest_that_is_gone_is_named(tmp_path):
             folder.latest()
 
 
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "run.json"])
+@pytest.mark.parametrize("left", [None, 0, 20])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, left):
+    model, optimizer, folder = trained(tmp_path)
+    path = folder.latest() / file
+    content = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(content[:left])
+    with pytest.raises(ValueError, match="step-00000002 cannot be read"):
+        folder.load(training_tensors(model, optimizer))
+
+
 def test_without_latest_a_run_goes_on_from_the_newest_instead_of_removing_it(tmp_path):
     _, _, folder = trained(tmp_path)
     (folder.folder / "latest").unlink()
@@ -372,7 +383,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, place):
     model, optimizer, folder = trained(tmp_path)
     module, name = (b"\x8c" + bytes([len(part)]) + part.encode() for part in place)
     call = b"\x80\x04" + module + name + b"\x93\x8c\x10touch owned.file \x85R."
-    with pytest.raises(pickle.UnpicklingError, match="system does not belong"):
+    with pytest.raises(ValueError, match=r"step-00000002 cannot be read \(UnpicklingError: .*system does not belong"):
         (folder.latest() / ".metadata").write_bytes(call)
         folder.load(training_tensors(model, optimizer))
     assert not Path("owned.file").exists()
