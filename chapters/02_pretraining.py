@@ -1494,6 +1494,8 @@ class PretrainConfig:
         for name in ("micro_batch", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
+            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
 
     @property
     def batch_rows(self) -> int:
