@@ -298,12 +298,13 @@ def check_same(found: dict, ours: dict, where: Path):
 
 
 class Log:
-    "out/log.jsonl, a JSON object a step, and TensorBoard's files beside it; cut back to `steps` lines at a restart."
+    "out/log.jsonl, a JSON object a step, and TensorBoard's files; a restart cuts it back to the first `steps` steps."
 
     def __init__(self, folder: Path, steps: int, tensorboard: bool):
         self.path = folder / "log.jsonl"
-        kept = self.path.read_text("utf-8").splitlines(keepends=True)[:steps] if self.path.exists() else []
-        write_atomic(self.path, "".join(kept))
+        lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.exists() else []
+        whole = (line for line in lines if line.endswith("}\n"))
+        write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] < steps))
         self.file, self.board = self.path.open("a", encoding="utf-8"), None
         if tensorboard:
             try:

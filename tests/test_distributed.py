@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from llama2lib.distributed import (
 )
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw
-from llama2lib.pretrain import pretrain, run, train_step
+from llama2lib.pretrain import Log, pretrain, run, train_step
 from llama2lib.shards import Shards, write_shards
 from llama2lib.tokenizer import train_tokenizer
 
@@ -408,6 +407,19 @@ def test_a_finished_run_is_left_as_it_is(alone, shards):
     before = weights(alone)
     run(config(json.dumps({"data": str(shards), "out": str(alone), "micro_batch": 1})))
     assert len(losses(alone)) == 20 and all(torch.equal(w, before[name]) for name, w in weights(alone).items())
+
+
+def test_the_log_has_every_step_once_also_when_lines_were_lost(tmp_path):
+    "Cut by the number of lines, a log that was moved away would keep steps that are to come again."
+    for step, begin in (8, 0), (13, 10):
+        log = Log(tmp_path, begin, tensorboard=False)
+        for now in range(step, step + 5):
+            log.write({"step": now})
+        log.close()
+    (tmp_path / "log.jsonl").open("a").write('{"step": 1')  # the power failed
+    Log(tmp_path, 15, tensorboard=False).close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [8, 9, 13, 14]
 
 
 def test_training_goes_on_from_a_folder(alone, shards, tmp_path):
