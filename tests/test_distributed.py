@@ -133,6 +133,12 @@ def test_every_rank_hears_that_a_folder_could_not_be_written(tmp_path):
     torchrun("full_disk", str(tmp_path / "model"))
 
 
+def test_a_rank_that_cannot_go_on_gathering_ends(tmp_path):
+    with pytest.raises(AssertionError, match="told to have none"):
+        torchrun("no_memory", str(tmp_path / "model"), timeout=60)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_process_that_fails_ends_while_the_others_wait_for_it():
     with pytest.raises(AssertionError, match="told to die"):
         torchrun("fails", "", timeout=60)

@@ -204,5 +204,24 @@ def full_disk(out: str):
         assert load_checkpoint(out).config == model.config
 
 
+def no_memory(out: str):
+    "Rank 0 has no memory for a gathered tensor, so it cannot go on gathering: it ends, and does not wait."
+    import llama2lib.checkpoint as checkpoint
+
+    with distributed.processes() as device:
+        model = Llama(LLAMA2["debug"])
+        distributed.parallelize(model, distributed.make_mesh(Parallel(), device.type), Parallel())
+        whole, calls = checkpoint._whole, []
+
+        def failing(*args, keep):
+            calls.append(whole(*args, keep=keep))
+            if keep and len(calls) == 3:
+                raise MemoryError("told to have none")
+            return calls[-1]
+
+        checkpoint._whole = failing
+        save_checkpoint(model, out)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
