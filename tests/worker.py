@@ -58,7 +58,10 @@ def train(arguments: str, die_after: str = "", how: str = "kill"):
 
 
 def mixed(_):
-    "bfloat16 passes over sharded float32 weights, far into the context: logits equal a plain bfloat16 model's."
+    """bfloat16 passes over sharded float32 weights, far into the context: logits equal a plain bfloat16 model's.
+
+    The gradients' mean over ranks is taken in float32.
+    """
     with distributed.processes() as device:
         shape = replace(LLAMA2["debug"], max_seq_len=2048)
         model, plain = Llama(shape), Llama(shape)
@@ -70,8 +73,10 @@ def mixed(_):
         with torch.no_grad():
             logits, expected = model(tokens), plain.bfloat16()(tokens)
         assert torch.equal(logits, expected), (logits - expected).abs().max()
-        (logits := model(tokens)).square().mean().backward()
-        assert model.layers[0].attention.wq.weight.grad.dtype == torch.float32 == model.norm.weight.dtype
+        (logits := model((tokens + dist.get_rank()) % 512)).square().mean().backward()
+        gradient = model.layers[0].attention.wq.weight.grad.to_local()
+        assert gradient.dtype == torch.float32 == model.norm.weight.dtype
+        assert not torch.equal(gradient, gradient.bfloat16().float()), "the gradients' mean was rounded to bfloat16"
         assert logits.dtype == torch.float32
 
 
