@@ -1212,13 +1212,26 @@ def _writes(model: Llama) -> bool:
 def _write_once(model: Llama, files: Iterator, write):
     """`write(files)` where `_writes` says so; `files` gathers tensors as it is read, so other ranks read it as well.
 
-    Whatever goes wrong while writing is raised on every rank.
+    Whatever goes wrong while writing is raised on every rank. A rank that cannot gather raises alone, at once: the
+    others wait for it, and torchrun stops them.
     """
-    sharded, error = _sharded(model), None
+    sharded, error, gathering = _sharded(model), None, False
+
+    def gathered():
+        nonlocal gathering
+        gathering = True
+        for tensors in files:
+            gathering = False
+            yield tensors
+            gathering = True
+        gathering = False
+
     if _writes(model):
         try:
-            write(files)
+            write(gathered())
         except Exception as caught:
+            if gathering:
+                raise
             error = caught
     if sharded:
         for _ in files:

@@ -1494,6 +1494,8 @@ class PretrainConfig:
         for name in ("micro_batch", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
+            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
 
     @property
     def batch_rows(self) -> int:
@@ -1746,7 +1748,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -1777,7 +1779,11 @@ from llama2lib.recipes import write_atomic
 
 @contextmanager
 def processes() -> Iterator[torch.device]:
-    "Join the processes that torchrun started (gloo on CPUs, NCCL on GPUs), if it did; yields this process's device."
+    """Join the processes that torchrun started (gloo on CPUs, NCCL on GPUs), if it did; yields this process's device.
+
+    Where one of several processes fails, the group is left to the process's end: NCCL takes it down only together with
+    the other ranks, which still wait for this one, and torchrun would never hear of the failure.
+    """
     cuda, launched = torch.cuda.is_available(), "RANK" in os.environ
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -1790,10 +1796,12 @@ def processes() -> Iterator[torch.device]:
             store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend, bound = ("cpu:gloo,cuda:nccl", device) if cuda else ("gloo", None)
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, device_id=bound)
+    failed = True
     try:
         yield device
+        failed = False
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
             dist.destroy_process_group()
 
 
@@ -2046,24 +2054,33 @@ def _rng_tensors() -> dict[str, Tensor]:
 class StateFolder:
     """The checkpoints of a run: `folder`/step-00001000 …, the file `latest`, and at most `keep` of them.
 
-    All ranks call the methods together. With `in_background`, `save` returns when the tensors are copied; `wait` before
-    the run ends.
+    All ranks call the methods together. With `in_background`, `save` returns when the tensors are copied: `poll` now
+    and then, since a save counts only when it is found to have ended, and `wait` before the run ends.
     """
 
     def __init__(self, folder: Path, keep: int = 2, in_background: bool = False):
         self.folder, self.keep, self.in_background = Path(folder), keep, in_background
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # not in the training's way
+        # two groups beside the training's own: one that writes and reads, maybe in the background, one that reports
+        self.disk, self.group = (dist.new_group(backend="gloo") if dist.is_initialized() else None for _ in range(2))
         self.pending: tuple[Path, Future] | None = None
 
     def latest(self) -> Path | None:
-        "The newest whole checkpoint; None if there is none. ValueError if `latest` names one that is gone."
+        """The checkpoint that the file `latest` names, without that file the newest; None if there is none.
+
+        ValueError if `latest` names one that is gone.
+        """
+        saved = self._saved()
         try:
             name = (self.folder / "latest").read_text("utf-8").strip()
-        except FileNotFoundError:
-            return None
-        if not re.fullmatch(r"step-\d{8}", name) or not (self.folder / name / "run.json").is_file():
-            raise ValueError(f"{self.folder / 'latest'} names {name!r}, not there: restore it, or delete latest")
+        except FileNotFoundError:  # a kill just before the first was named, or a user who moved folders
+            return saved[-1] if saved else None
+        if self.folder / name not in saved:
+            there = ", ".join(path.name for path in saved) or "nothing"
+            raise ValueError(f"{self.folder / 'latest'} names {name!r}, not there ({there} is): write a name that is")
         return self.folder / name
+
+    def _saved(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict):
         "Write tensors and facts (JSON), the state after `step` steps; OSError, naming the last good one, if it fails."
@@ -2073,13 +2090,14 @@ class StateFolder:
         tensors = tensors | _rng_tensors()
         with self._told(step):
             if self._first():
-                shutil.rmtree(partial, ignore_errors=True)
+                for left in self.folder.glob(".step-*"):  # by a kill, in the midst of writing or removing
+                    shutil.rmtree(left, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write_atomic(partial / "run.json", json.dumps(facts | {"step": step}, indent=1) + "\n")
         with self._told(step), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is fine
             save = dcp.async_save if self.in_background else dcp.save
-            written = save(tensors, checkpoint_id=partial, process_group=self.group, no_dist=self.group is None)
+            written = save(tensors, checkpoint_id=partial, process_group=self.disk, no_dist=self.disk is None)
         self.pending = target, written
         if not self.in_background:
             self.wait()
@@ -2094,27 +2112,64 @@ class StateFolder:
                 written.result()
         with self._told(int(target.name[5:])):
             if self._first():
-                shutil.rmtree(target, ignore_errors=True)
-                (self.folder / f".{target.name}.partial").rename(target)
-                write_atomic(self.folder / "latest", target.name + "\n")
-                saved = sorted(path for path in self.folder.glob("step-*"))
-                newer = [path for path in saved if path.name > target.name]  # of a run that was set back
-                for old in newer + saved[: len(saved) - len(newer)][: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                self._publish(target)
+
+    def poll(self):
+        "Make a background save that has ended the newest checkpoint, without waiting; rank 0 alone acts."
+        if self.pending and self._first() and self.pending[1].done() and not self.pending[1].exception():
+            with suppress(OSError):  # `wait` tries again, and tells
+                self._publish(self.pending[0])
+
+    def _publish(self, target: Path):
+        partial = self.folder / f".{target.name}.partial"
+        if partial.exists():
+            if target.exists():
+                self._remove(target)
+            partial.rename(target)
+        write_atomic(self.folder / "latest", target.name + "\n")
+        saved = self._saved()
+        newer = [path for path in saved if path.name > target.name]  # of a run that was set back
+        for old in newer + saved[: len(saved) - len(newer)][: -self.keep]:
+            self._remove(old)
+
+    def _remove(self, folder: Path):
+        "Under another name: what is called step-… is whole, whenever a kill comes."
+        removed = self.folder / f".{folder.name}.removed"
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
     def load(self, tensors: dict[str, Tensor]) -> dict:
-        "Read the newest checkpoint into `tensors`, in place, however they are divided; returns its facts."
-        newest = self.latest()
-        facts = json.loads((newest / "run.json").read_text("utf-8"))
-        reader = _Reader(newest)
-        stored = reader.read_metadata().state_dict_metadata
-        rng = {name: state for name, state in _rng_tensors().items() if name in stored}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors | rng, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        """Read the newest checkpoint into `tensors`, in place, however they are divided; returns its facts.
+
+        ValueError, naming the checkpoint, when it is damaged; the tensors are then undefined.
+        """
+        newest, facts = self.latest(), self.facts()
+        with self._naming(newest):
+            reader = _Reader(newest)
+            stored = reader.read_metadata().state_dict_metadata
+            rng = {name: state for name, state in _rng_tensors().items() if name in stored}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load(tensors | rng, storage_reader=reader, process_group=self.disk, no_dist=self.disk is None)
         for name, state in rng.items():
             (torch.cuda.set_rng_state if "cuda" in name else torch.set_rng_state)(state)
         return facts
+
+    def facts(self) -> dict:
+        "What the newest checkpoint was saved with, and its step. ValueError when that is damaged."
+        with self._naming(newest := self.latest()):
+            return json.loads((newest / "run.json").read_text("utf-8"))
+
+    @contextmanager
+    def _naming(self, checkpoint: Path):
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            cause = _cause(error)
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            other = f"to go on from another, write its name into {self.folder / 'latest'}"
+            raise ValueError(f"{checkpoint} cannot be read ({reason}); {other}") from error
 
     def _first(self) -> bool:
         return self.group is None or dist.get_rank() == 0
@@ -2127,10 +2182,10 @@ class StateFolder:
             yield
         except (Exception, CheckpointException) as caught:  # DCP's is not an Exception
             error = caught
-        failures = [error and str(_cause(error))]
+        failures = [error and (str(_cause(error)) or type(_cause(error)).__name__)]  # MemoryError has no words
         if self.group is not None:
-            failures = [None] * dist.get_world_size()
-            dist.all_gather_object(failures, error and str(_cause(error)), group=self.group)
+            failures, mine = [None] * dist.get_world_size(), failures[0]
+            dist.all_gather_object(failures, mine, group=self.group)
         if reasons := [reason for reason in failures if reason]:
             if self._first():
                 shutil.rmtree(self.folder / f".step-{step:08d}.partial", ignore_errors=True)
@@ -2215,12 +2270,13 @@ def check_same(found: dict, ours: dict, where: Path):
 
 
 class Log:
-    "out/log.jsonl, a JSON object a step, and TensorBoard's files beside it; cut back to `steps` lines at a restart."
+    "out/log.jsonl, a JSON object a step, and TensorBoard's files; a restart cuts it back to the first `steps` steps."
 
     def __init__(self, folder: Path, steps: int, tensorboard: bool):
         self.path = folder / "log.jsonl"
-        kept = self.path.read_text("utf-8").splitlines(keepends=True)[:steps] if self.path.exists() else []
-        write_atomic(self.path, "".join(kept))
+        lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.exists() else []
+        whole = (line for line in lines if line.endswith("}\n"))
+        write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] < steps))
         self.file, self.board = self.path.open("a", encoding="utf-8"), None
         if tensorboard:
             try:
@@ -2275,7 +2331,7 @@ def run(config: PretrainConfig) -> Path:
         optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
         tensors, facts, start = training_tensors(model, optimizer), {"settings": settings(config, data)}, 0
         if newest:
-            check_same(json.loads((newest / "run.json").read_text("utf-8"))["settings"], facts["settings"], newest)
+            check_same(states.facts()["settings"], facts["settings"], newest)
             start = states.load(tensors)["step"]
         log = Log(config.out, start, config.tensorboard) if first else None
         lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar
@@ -2283,6 +2339,7 @@ def run(config: PretrainConfig) -> Path:
         tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
         try:
             for step in pretrain(model, data, config, optimizer=optimizer, start=start):
+                states.poll()
                 now = time.perf_counter()
                 line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
                 if first:

@@ -97,6 +97,8 @@ class PretrainConfig:
         for name in ("micro_batch", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
+            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
 
     @property
     def batch_rows(self) -> int:
@@ -296,12 +298,13 @@ def check_same(found: dict, ours: dict, where: Path):
 
 
 class Log:
-    "out/log.jsonl, a JSON object a step, and TensorBoard's files beside it; cut back to `steps` lines at a restart."
+    "out/log.jsonl, a JSON object a step, and TensorBoard's files; a restart cuts it back to the first `steps` steps."
 
     def __init__(self, folder: Path, steps: int, tensorboard: bool):
         self.path = folder / "log.jsonl"
-        kept = self.path.read_text("utf-8").splitlines(keepends=True)[:steps] if self.path.exists() else []
-        write_atomic(self.path, "".join(kept))
+        lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.exists() else []
+        whole = (line for line in lines if line.endswith("}\n"))
+        write_atomic(self.path, "".join(line for line in whole if json.loads(line)["step"] < steps))
         self.file, self.board = self.path.open("a", encoding="utf-8"), None
         if tensorboard:
             try:
@@ -356,7 +359,7 @@ def run(config: PretrainConfig) -> Path:
         optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
         tensors, facts, start = training_tensors(model, optimizer), {"settings": settings(config, data)}, 0
         if newest:
-            check_same(json.loads((newest / "run.json").read_text("utf-8"))["settings"], facts["settings"], newest)
+            check_same(states.facts()["settings"], facts["settings"], newest)
             start = states.load(tensors)["step"]
         log = Log(config.out, start, config.tensorboard) if first else None
         lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar
@@ -364,6 +367,7 @@ def run(config: PretrainConfig) -> Path:
         tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
         try:
             for step in pretrain(model, data, config, optimizer=optimizer, start=start):
+                states.poll()
                 now = time.perf_counter()
                 line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
                 if first:

@@ -3,9 +3,10 @@
 import json
 import math
 import os
-import pickle
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -27,19 +28,19 @@ from llama2lib.distributed import (
 )
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw
-from llama2lib.pretrain import pretrain, run, train_step
+from llama2lib.pretrain import Log, pretrain, run, train_step
 from llama2lib.shards import Shards, write_shards
 from llama2lib.tokenizer import train_tokenizer
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def torchrun(*arguments: str, nproc: int = 2, flags: tuple[str, ...] = ()):
+def torchrun(*arguments: str, nproc: int = 2, flags: tuple[str, ...] = (), timeout: int = 300):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
     command += [str(WORKER), *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     errors = [line for line in ran.stderr.splitlines() if "Error" in line]
     assert ran.returncode == 0, "\n".join(errors) or ran.stderr[-4000:]
 
@@ -132,6 +133,21 @@ def test_every_rank_hears_that_a_folder_could_not_be_written(tmp_path):
     torchrun("full_disk", str(tmp_path / "model"))
 
 
+def test_a_rank_that_cannot_go_on_gathering_ends(tmp_path):
+    with pytest.raises(AssertionError, match="told to have none"):
+        torchrun("no_memory", str(tmp_path / "model"), timeout=60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_fails_ends_while_the_others_wait_for_it():
+    with pytest.raises(AssertionError, match="told to die"):
+        torchrun("fails", "", timeout=60)
+
+
+def test_saving_in_the_background_does_not_cross_what_ranks_tell_each_other(tmp_path):
+    torchrun("background", str(tmp_path), nproc=3)
+
+
 def test_weights_do_not_depend_on_how_many_rows_a_rank_draws():
     model = Llama(LLAMA2["debug"])
     init_weights(model, seed=5)
@@ -218,6 +234,19 @@ def trained(tmp_path, steps: int = 2, **options):
 
 
 @pytest.mark.parametrize("in_background", [False, True])
+def test_an_error_without_words_is_a_failure_too(tmp_path, monkeypatch, in_background):
+    model, optimizer, folder = trained(tmp_path, in_background=in_background)
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch.distributed.checkpoint.filesystem.FileSystemWriter, "write_data", no_memory)
+    with pytest.raises(OSError, match=r"after step 3 .*MemoryError; the last good checkpoint is .*step-00000002"):
+        folder.save(3, training_tensors(model, optimizer), {})
+        folder.wait()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_checkpoint_brings_everything_back(tmp_path, in_background):
     torch.manual_seed(7)
     model, optimizer, folder = trained(tmp_path, in_background=in_background)
@@ -240,6 +269,34 @@ def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):
     folder.wait()
     folder.load(training_tensors(model, optimizer))
     assert torch.equal(model.output.weight, before)
+
+
+def test_a_background_save_counts_from_its_end_and_not_from_the_next_save(shards, tmp_path, monkeypatch):
+    "A run killed between two saves would otherwise lose the steps of both."
+    from llama2lib import pretrain as module
+
+    class InBackground(StateFolder):
+        def __init__(self, folder, keep, in_background):
+            super().__init__(folder, keep, in_background=True)
+
+    def dying(*args, **options):
+        for step in pretrain(*args, **options):
+            if step.step == 13:
+                assert states(tmp_path) == ["step-00000008"], "a kill would now lose 13 steps"
+                raise RuntimeError("told to die")
+            if step.step == 12:
+                time.sleep(1)  # the writing of step 8 ends
+            yield step
+
+    monkeypatch.setattr(module, "StateFolder", InBackground)
+    monkeypatch.setattr(module, "pretrain", dying)
+    with pytest.raises(RuntimeError, match="told to die"):
+        run(config(json.dumps({"data": str(shards), "out": str(tmp_path)})))
+    assert StateFolder(tmp_path).latest().name == "step-00000008"
+
+
+def states(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
 
 
 def test_old_checkpoints_go_and_none_is_left_half_written(tmp_path):
@@ -274,9 +331,55 @@ def test_a_full_disk_names_the_last_good_checkpoint_which_stays(tmp_path, monkey
 
 def test_a_latest_that_is_gone_is_named(tmp_path):
     _, _, folder = trained(tmp_path)
-    (folder.folder / "latest").write_text("step-00000009\n")
-    with pytest.raises(ValueError, match="latest names 'step-00000009'"):
-        folder.latest()
+    for name in ("step-00000009", "", "..", "step-00000001/../../run"):
+        (folder.folder / "latest").write_text(name)
+        with pytest.raises(ValueError, match=r"latest names '.*step-00000001, step-00000002 is\): write a name"):
+            folder.latest()
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "run.json"])
+@pytest.mark.parametrize("left", [None, 0, 20])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, left):
+    model, optimizer, folder = trained(tmp_path)
+    path = folder.latest() / file
+    content = path.read_bytes()
+    path.unlink() if left is None else path.write_bytes(content[:left])
+    with pytest.raises(ValueError, match="step-00000002 cannot be read"):
+        folder.load(training_tensors(model, optimizer))
+
+
+def test_without_latest_a_run_goes_on_from_the_newest_instead_of_removing_it(tmp_path):
+    _, _, folder = trained(tmp_path)
+    (folder.folder / "latest").unlink()
+    assert folder.latest().name == "step-00000002"
+    assert StateFolder(tmp_path / "nothing").latest() is None
+
+
+def test_what_is_called_step_is_whole_also_when_its_removal_is_killed(tmp_path, monkeypatch):
+    model, optimizer, folder = trained(tmp_path)
+    whole = {path.name for path in folder.latest().iterdir()}
+
+    def killed(path, **_):
+        for file in list(path.glob("*"))[:1]:
+            file.unlink()
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    folder.keep = 1
+    folder.save(3, training_tensors(model, optimizer), {})
+    assert states(folder.folder) == ["step-00000003"]
+    assert {path.name for path in folder.latest().iterdir()} == whole
+    monkeypatch.undo()
+    (folder.folder / ".step-00000077.partial").mkdir()  # of a run that saved more often
+    folder.save(4, training_tensors(model, optimizer), {})
+    assert sorted(path.name for path in folder.folder.iterdir()) == ["latest", "step-00000004"]
+
+
+def test_a_users_copy_of_a_checkpoint_stays(tmp_path):
+    model, optimizer, folder = trained(tmp_path, steps=1)
+    folder.latest().rename(folder.folder / "step-00000001-good")
+    for step in (2, 3, 4):
+        folder.save(step, training_tensors(model, optimizer), {})
+    assert states(folder.folder) == ["step-00000001-good", "step-00000003", "step-00000004"]
 
 
 @pytest.mark.parametrize("place", [("posix", "system"), ("torch.distributed.checkpoint.filesystem", "os.system")])
@@ -285,7 +388,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path, place):
     model, optimizer, folder = trained(tmp_path)
     module, name = (b"\x8c" + bytes([len(part)]) + part.encode() for part in place)
     call = b"\x80\x04" + module + name + b"\x93\x8c\x10touch owned.file \x85R."
-    with pytest.raises(pickle.UnpicklingError, match="system does not belong"):
+    with pytest.raises(ValueError, match=r"step-00000002 cannot be read \(UnpicklingError: .*system does not belong"):
         (folder.latest() / ".metadata").write_bytes(call)
         folder.load(training_tensors(model, optimizer))
     assert not Path("owned.file").exists()
@@ -310,6 +413,19 @@ def test_a_finished_run_is_left_as_it_is(alone, shards):
     before = weights(alone)
     run(config(json.dumps({"data": str(shards), "out": str(alone), "micro_batch": 1})))
     assert len(losses(alone)) == 20 and all(torch.equal(w, before[name]) for name, w in weights(alone).items())
+
+
+def test_the_log_has_every_step_once_also_when_lines_were_lost(tmp_path):
+    "Cut by the number of lines, a log that was moved away would keep steps that are to come again."
+    for step, begin in (8, 0), (13, 10):
+        log = Log(tmp_path, begin, tensorboard=False)
+        for now in range(step, step + 5):
+            log.write({"step": now})
+        log.close()
+    (tmp_path / "log.jsonl").open("a").write('{"step": 1')  # the power failed
+    Log(tmp_path, 15, tensorboard=False).close()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [8, 9, 13, 14]
 
 
 def test_training_goes_on_from_a_folder(alone, shards, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from conftest import random_model
 from torch.nn.functional import cross_entropy
 
+from llama2lib.distributed import Parallel
 from llama2lib.optim import adamw, cosine_lr
 from llama2lib.pretrain import PRETRAIN, PretrainConfig, held_out_loss, micro_batches, pretrain
 from llama2lib.shards import Packed
@@ -119,7 +120,17 @@ def test_held_out_loss_of_a_fresh_model_is_that_of_guessing():
     assert held_out_loss(model, stream, 32, max_rows=3) == held_out_loss(model, stream[: 3 * 32 + 1], 32)
 
 
-@pytest.mark.parametrize("wrong", [dict(max_seq_len=300), dict(tokens=100), dict(warmup_steps=6), dict(micro_batch=0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(max_seq_len=300),
+        dict(tokens=100),
+        dict(warmup_steps=6),
+        dict(micro_batch=0),
+        dict(max_seq_len=31, parallel=Parallel(tp=2)),  # the ranks share out the tokens of a row
+        dict(parallel=Parallel(tp=0)),
+    ],
+)
 def test_recipes_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         replace(CONFIG, **wrong)

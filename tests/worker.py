@@ -58,7 +58,10 @@ def train(arguments: str, die_after: str = "", how: str = "kill"):
 
 
 def mixed(_):
-    "bfloat16 passes over sharded float32 weights, far into the context: logits equal a plain bfloat16 model's."
+    """bfloat16 passes over sharded float32 weights, far into the context: logits equal a plain bfloat16 model's.
+
+    The gradients' mean over ranks is taken in float32.
+    """
     with distributed.processes() as device:
         shape = replace(LLAMA2["debug"], max_seq_len=2048)
         model, plain = Llama(shape), Llama(shape)
@@ -70,8 +73,10 @@ def mixed(_):
         with torch.no_grad():
             logits, expected = model(tokens), plain.bfloat16()(tokens)
         assert torch.equal(logits, expected), (logits - expected).abs().max()
-        (logits := model(tokens)).square().mean().backward()
-        assert model.layers[0].attention.wq.weight.grad.dtype == torch.float32 == model.norm.weight.dtype
+        (logits := model((tokens + dist.get_rank()) % 512)).square().mean().backward()
+        gradient = model.layers[0].attention.wq.weight.grad.to_local()
+        assert gradient.dtype == torch.float32 == model.norm.weight.dtype
+        assert not torch.equal(gradient, gradient.bfloat16().float()), "the gradients' mean was rounded to bfloat16"
         assert logits.dtype == torch.float32
 
 
@@ -103,6 +108,31 @@ def reductions(_):
     assert counted == {
         ("step", 1): blocks, ("step", 4): blocks, ("micro_batch", 1): blocks, ("micro_batch", 4): 4 * blocks,
     }, counted  # fmt: skip
+
+
+def fails(_):
+    "One rank fails while the other waits for it; taking the group down takes both, as with NCCL."
+    dist.destroy_process_group = lambda: time.sleep(90)
+    with distributed.processes():
+        if dist.get_rank() == 1:
+            raise RuntimeError("told to die")
+        dist.barrier()
+
+
+def background(out: str):
+    "Saves in the background, one behind the other: all of them succeed, and the last is what was saved last."
+    with distributed.processes() as device:
+        model = Llama(LLAMA2["debug"])
+        distributed.parallelize(model, distributed.make_mesh(Parallel(), device.type), Parallel())
+        distributed.init_weights(model, seed=3)
+        tensors = distributed.training_tensors(model, pretrain.adamw(model, 1e-3))
+        states = distributed.StateFolder(Path(out), in_background=True)
+        for step in range(1, 21):
+            tensors["model.norm.weight"].fill_(step)
+            states.save(step, tensors, {})
+        states.wait()
+        tensors["model.norm.weight"].fill_(0)
+        assert states.load(tensors) == {"step": 20} and tensors["model.norm.weight"].full_tensor().eq(20).all()
 
 
 def anonymous_bytes() -> int:
@@ -177,6 +207,25 @@ def full_disk(out: str):
         else:
             raise AssertionError("the failure was not noticed")
         assert load_checkpoint(out).config == model.config
+
+
+def no_memory(out: str):
+    "Rank 0 has no memory for a gathered tensor, so it cannot go on gathering: it ends, and does not wait."
+    import llama2lib.checkpoint as checkpoint
+
+    with distributed.processes() as device:
+        model = Llama(LLAMA2["debug"])
+        distributed.parallelize(model, distributed.make_mesh(Parallel(), device.type), Parallel())
+        whole, calls = checkpoint._whole, []
+
+        def failing(*args, keep):
+            calls.append(whole(*args, keep=keep))
+            if keep and len(calls) == 3:
+                raise MemoryError("told to have none")
+            return calls[-1]
+
+        checkpoint._whole = failing
+        save_checkpoint(model, out)
 
 
 if __name__ == "__main__":
