@@ -2423,7 +2423,8 @@ launch("llama2lib.pretrain", "7B", "--data", "shards", "--out", "runs/7B", nproc
 
 # %% [markdown]
 # Several nodes, which meet at the first; and the same for Slurm. After a failure the processes start again, at most
-# three times here, and go on from the last checkpoint.
+# three times here, and go on from the last checkpoint. `--out` must be a folder that all nodes share: every rank writes
+# its own slices there.
 
 # %%
 arguments = ["llama2lib.pretrain", "70B", "--data", "/shared/shards", "--out", "/shared/runs/70B"]

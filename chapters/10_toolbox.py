@@ -2083,13 +2083,15 @@ RESTARTABLE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 def slurm_script(module: str, *args, nnodes: int, nproc: int = 8, hours: int = 24, max_restarts: int = 3) -> str:
     "A Slurm batch script, for `sbatch`: one torchrun on each of `nnodes` nodes of `nproc` GPUs, meeting at the first."
     words = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes, max_restarts=max_restarts)
-    command = " ".join(f'"{word}"' if "$HEAD_NODE" in word else shlex.quote(word) for word in words)
+    words = [word.replace("--rdzv-id=llama2", "--rdzv-id=$SLURM_JOB_ID") for word in words]
+    command = " ".join(f'"{word}"' if word.startswith("--rdzv") else shlex.quote(word) for word in words)
     return "\n".join([
         "#!/bin/bash",
         f"#SBATCH --job-name={module.rsplit('.')[-1]}",
         f"#SBATCH --nodes={nnodes}",
         "#SBATCH --ntasks-per-node=1",
         f"#SBATCH --gpus-per-node={nproc}",
+        "#SBATCH --exclusive",
         f"#SBATCH --time={hours}:00:00",
         "#SBATCH --requeue",
         *(f"export {name}={value}" for name, value in RESTARTABLE.items()),

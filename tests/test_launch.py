@@ -164,9 +164,11 @@ def test_a_slurm_script_starts_one_torchrun_on_each_node(tmp_path):
         (tmp_path / tool).chmod(0o755)
     text = slurm_script("llama2lib.pretrain", "7B", "--data", "my shards", nnodes=2, nproc=8)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[7-8]"}
+    environment["SLURM_JOB_ID"] = "77"
     ran = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=environment)
     words = ran.stdout.split("\n")
     assert ran.returncode == 0 and "--rdzv-endpoint=node7:29500" in words and "--nnodes=2" in words
+    assert "--rdzv-id=77" in words  # two jobs whose head is one node do not meet
     assert words[-5:-1] == ["llama2lib.pretrain", "7B", "--data", "my shards"] and "--max-restarts=3" in words
     assert "#SBATCH --nodes=2" in text and "#SBATCH --gpus-per-node=8" in text
 
