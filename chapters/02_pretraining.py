@@ -1572,6 +1572,7 @@ def cli():
 import logging
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -1608,13 +1609,14 @@ def pretended_ranks(gpus: int) -> Iterator[None]:
     "Be rank 0 of so many processes that do not exist (PyTorch's fake process group)."
     if dist.is_initialized():
         raise RuntimeError("a process group exists already: plan in a process of its own, without torchrun")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     chatty = logging.getLogger("torch.distributed.tensor._redistribute")
-    try:
-        with mock.patch.object(chatty, "disabled", True):  # it warns of two all-reduces of one number each
+    quiet = mock.patch.object(chatty, "disabled", True)  # it warns of two all-reduces of one number each
+    with quiet, mock.patch.object(sys, "excepthook", sys.excepthook):  # a group makes errors name the rank, for good
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+        try:
             yield
-    finally:
-        dist.destroy_process_group()
+        finally:
+            dist.destroy_process_group()
 
 
 def flash_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False) -> Tensor:
@@ -1659,6 +1661,8 @@ KINDS = {  # of memory, and what PyTorch's tracker calls them
     "temporaries": ("TEMP",),
     "inputs": ("INP", "BUFFER"),
 }
+DEPTHS = (3, 4)  # blocks of the traces that are extrapolated: the second has neighbours, and so has the last but one
+PASSES = 2  # of a step that are traced: the third does what the second did
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -1780,8 +1784,7 @@ def spelt(packet) -> str:
 def trace(config: PretrainConfig, gpus: int, n_layers: int | None = None) -> dict:
     """Run rank 0's training step with `n_layers` blocks (None: all) on fake tensors: `memory` and `work`, see `Meter`.
 
-    Of the passes of a step at most two are run, since the third does what the second did. Moments are strings:
-    'last backward, block 3', 'update'.
+    At most PASSES passes of a step are run. Moments are strings: 'last backward, block 3', 'update'.
     """
     _, mine, passes = divide(config, gpus)
     shape = replace(LLAMA2[config.model], max_seq_len=config.max_seq_len)
@@ -1799,7 +1802,7 @@ def trace(config: PretrainConfig, gpus: int, n_layers: int | None = None) -> dic
                 group["foreach"] = True  # PyTorch's choice on a GPU
             training_tensors(model, optimizer)
             batch = torch.zeros(mine, config.max_seq_len + 1, dtype=torch.int64)
-            parts = list(micro_batches(batch, passes))[:2]
+            parts = list(micro_batches(batch, passes))[:PASSES]
             meter = Meter(model, optimizer, len(parts))
             meter.track_inputs((batch,))
             with meter.unwatched_shapes(), mock.patch.object(F, "scaled_dot_product_attention", flash_attention), meter:
@@ -1847,12 +1850,15 @@ assert work["first backward"]["matmul"] == 2 * work["first forward"]["matmul"]
 assert work["first forward"]["attention"] == attention and work["first backward"]["attention"] == 2.5 * attention
 
 # %% [markdown]
-# ### Three blocks tell of eighty
+# ### Four blocks tell of eighty
 #
 # A trace of all 80 blocks takes about a minute, which is too long for comparing many settings. But blocks are alike.
-# Work is linear in depth: the difference between a trace of two and one of three blocks is the work of a block. So is
+# Work is linear in depth: the difference between a trace of three and one of four blocks is the work of a block. So is
 # memory, at a fixed moment. The peak may be at different moments for different depths, therefore each moment is
-# extrapolated, and then the highest taken. Blocks in the middle lie between those at the two ends.
+# extrapolated, and then the highest taken. The first and the last block are special (FSDP gathers the weights of a
+# block while its neighbour is at work, and these have one neighbour only), so we follow the first two and the last two;
+# the blocks between lie between these. With fewer than three blocks the second would be an end as well: a slope from
+# two and three blocks took the missing neighbour for something that grows with depth, and was wrong by a third.
 
 # %%
 #| export plan
@@ -1867,7 +1873,7 @@ def per_block(small: dict, large: dict) -> dict:
 
 
 def extrapolated(small: dict, large: dict, layers: int) -> dict:
-    """The trace of `layers` blocks, from traces of two and of three.
+    """The trace of `layers` blocks, from traces of three and of four.
 
     At a moment (in the first, second, last but one or last block, or outside) memory is linear in depth. What other
     blocks hold lies between what these do, so that the peak is at one of these moments.
@@ -1906,9 +1912,9 @@ def peak(trace: dict) -> tuple[str, dict[str, int]]:
 # %%
 from llama2lib.plan import extrapolated
 
-two, three, seven = (trace(small_run, gpus=4, n_layers=n) for n in (2, 3, 7))
-assert peak(extrapolated(two, three, 7)) == peak(seven)
-assert extrapolated(two, three, 7)["work"] == seven["work"]
+three, four, seven = (trace(small_run, gpus=4, n_layers=n) for n in (3, 4, 7))
+assert peak(extrapolated(three, four, 7)) == peak(seven)
+assert extrapolated(three, four, 7)["work"] == seven["work"]
 
 # %% [markdown]
 # ### How long a step takes
@@ -2013,7 +2019,7 @@ def step_seconds(hardware: Hardware, work: dict, layers: int, passes: int, gpus:
 from llama2lib.roofline import A100, collective_seconds
 
 ring = collective_seconds(A100, "all_gather", 8e9, 1, ranks=8, per_node=8)
-assert math.isclose(ring, 7e9 / 235e9, rel_tol=1e-3)  # seven eighths of it, at NVLink's speed
+assert math.isclose(ring, 7e9 / 235e9, rel_tol=2e-3)  # seven eighths of it, at NVLink's speed
 assert collective_seconds(A100, "all_reduce", 8e9, 1, 8, 8) == 2 * ring
 assert collective_seconds(A100, "all_gather", 8e9, 1, ranks=8, per_node=1) > 10 * ring  # one card each, no NVLink
 
@@ -2040,7 +2046,7 @@ class PlanConfig:
     compile: bool | None = None  # torch.compile every block; the plan's memory is that without
     batch_tokens: int = 4_000_000  # of one optimiser step, over all GPUs
     seq_len: int = 4096
-    every_block: bool = True  # trace all blocks; otherwise two and three, and extrapolate
+    every_block: bool = True  # trace all blocks; otherwise three and four, and extrapolate
     search: bool = False  # find the fewest GPUs, and the fastest setting that fits them
 
     def recipe(self) -> PretrainConfig:
@@ -2069,7 +2075,7 @@ def plan(config: PlanConfig, hardware: Hardware = A100) -> dict:
     """
     recipe = config.recipe()
     ranks, _, passes = divide(recipe, config.gpus)
-    small, large = (trace(recipe, config.gpus, layers) for layers in (2, 3))
+    small, large = (trace(recipe, config.gpus, layers) for layers in DEPTHS)
     layers = LLAMA2[config.model].n_layers
     whole = trace(recipe, config.gpus) if config.every_block else extrapolated(small, large, layers)
     moment, memory = peak(whole)
@@ -2117,7 +2123,7 @@ def described(config: PlanConfig, found: dict, hardware: Hardware = A100) -> str
 
 # %%
 from llama2lib import recipes
-from llama2lib.plan import described, plan
+from llama2lib.plan import PlanConfig, described, plan
 
 config = recipes.by_scale(
     smoke=PlanConfig("debug", gpus=4, batch_tokens=2048, seq_len=128), laptop=PlanConfig(), a100=PlanConfig()
@@ -2147,7 +2153,7 @@ plans = {
     name: recipes.cached("plan", replace(config, every_block=False, **changes), plan)
     for name, changes in variants.items()
 }
-assert plans["the recipe"]["memory"] == found["memory"]  # three blocks tell of all
+assert plans["the recipe"]["memory"] == found["memory"]  # four blocks tell of all
 
 fig, ax = plt.subplots(figsize=(7.4, 3.8))
 bottom, shades = np.zeros(len(plans)), plt.get_cmap("tab20c")
@@ -2305,37 +2311,43 @@ print(", ".join(f"{size} {speed:,.0f}" for size, speed in implied.items()), "tok
 
 
 # %%
-from llama2lib.plan import divide, extrapolated, per_block, predicted
+from llama2lib.plan import DEPTHS, divide, extrapolated, per_block, predicted
 
 
 def scaling(config: dict) -> dict:
     "The fastest setting of a size on each number of GPUs, from traces on the first number."
-    counts, best = config["gpus"], {}
-    for tp, rows, reduce in config["settings"]:
-        run = PlanConfig(config["size"], counts[0], tp=tp, micro_batch=rows, reduce=reduce, compile=True).recipe()
-        if divide(run, counts[0])[1] < rows:
-            continue
-        traces = [trace(run, counts[0], layers) for layers in (2, 3)]
-        if peak(extrapolated(*traces, LLAMA2[config["size"]].n_layers))[1]["total"] > A100.memory - A100.reserve:
-            continue
-        for gpus in counts:
+    counts, layers, best = config["gpus"], LLAMA2[config["size"]].n_layers, {}
+    for tp, rows in config["settings"]:
+        for reduce in ("step", "micro_batch"):  # the second where the first does not fit
+            run = PlanConfig(config["size"], counts[0], tp, None, rows, reduce, compile=True).recipe()
+            traces = [trace(run, counts[0], depth) for depth in DEPTHS]
+            fits = peak(extrapolated(*traces, layers))[1]["total"] <= A100.memory - A100.reserve
+            if fits:
+                break
+        for gpus in counts if fits else ():
             try:
                 _, mine, passes = divide(run, gpus)
             except ValueError:  # fewer rows than ranks
                 continue
-            if math.ceil(mine / passes) < rows:  # another setting has passes of this size
-                continue
-            speed = predicted(per_block(*traces), run, gpus)["tokens_per_second"]
-            best[str(gpus)] = max(best.get(str(gpus), (0,)), (speed, tp, rows, reduce))
+            if math.ceil(mine / passes) == rows:  # otherwise another setting has passes of this size
+                facts = predicted(per_block(*traces), run, gpus)
+                facts |= {"tp": tp, "rows": rows, "reduce": reduce}
+                best[str(gpus)] = max(best.get(str(gpus), facts), facts, key=lambda found: found["tokens_per_second"])
     return best
 
 
 counts = [64, 128, 256, 512, 1024, 2000]
-options = [(tp, rows, reduce) for tp in (1, 2, 4, 8) for rows in (1, 2, 4) for reduce in ("step", "micro_batch")]
+options = [(tp, rows) for tp in (1, 2, 4, 8) for rows in (1, 2, 4)]
 if recipes.scale() != "smoke":
     curves = {
         size: recipes.cached(f"plan-scaling-{size}", {"size": size, "gpus": counts, "settings": options}, scaling)
         for size in implied
     }
+    print("size   implied   64 GPUs   2,000 GPUs   tp, rows a pass   exposed communication   GPU-hours, paper's")
     for size, curve in curves.items():
-        print(size, {gpus: (round(best[0]), *best[1:]) for gpus, best in curve.items()})
+        one, many = curve["64"], curve["2000"]
+        shown = (many["seconds"]["tp"] + many["seconds"]["dp"]) / many["seconds"]["step"]
+        print(
+            f"{size:>4} {implied[size]:9,.0f} {one['tokens_per_second']:9,.0f} {many['tokens_per_second']:12,.0f} "
+            f"{many['tp']:10}, {many['rows']} {shown:22.0%} {many['gpu_hours']:18,.0f}, {hours[size]:,}"
+        )

@@ -5,6 +5,8 @@ __all__ = [
     "flash_attention",
     "divide",
     "KINDS",
+    "DEPTHS",
+    "PASSES",
     "EMPTY",
     "moved_bytes",
     "Meter",
@@ -30,6 +32,7 @@ __all__ = [
 import logging
 import math
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,13 +66,14 @@ def pretended_ranks(gpus: int) -> Iterator[None]:
     "Be rank 0 of so many processes that do not exist (PyTorch's fake process group)."
     if dist.is_initialized():
         raise RuntimeError("a process group exists already: plan in a process of its own, without torchrun")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     chatty = logging.getLogger("torch.distributed.tensor._redistribute")
-    try:
-        with mock.patch.object(chatty, "disabled", True):  # it warns of two all-reduces of one number each
+    quiet = mock.patch.object(chatty, "disabled", True)  # it warns of two all-reduces of one number each
+    with quiet, mock.patch.object(sys, "excepthook", sys.excepthook):  # a group makes errors name the rank, for good
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+        try:
             yield
-    finally:
-        dist.destroy_process_group()
+        finally:
+            dist.destroy_process_group()
 
 
 def flash_attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False) -> Tensor:
@@ -106,6 +110,8 @@ KINDS = {  # of memory, and what PyTorch's tracker calls them
     "temporaries": ("TEMP",),
     "inputs": ("INP", "BUFFER"),
 }
+DEPTHS = (3, 4)  # blocks of the traces that are extrapolated: the second has neighbours, and so has the last but one
+PASSES = 2  # of a step that are traced: the third does what the second did
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -219,8 +225,7 @@ def spelt(packet) -> str:
 def trace(config: PretrainConfig, gpus: int, n_layers: int | None = None) -> dict:
     """Run rank 0's training step with `n_layers` blocks (None: all) on fake tensors: `memory` and `work`, see `Meter`.
 
-    Of the passes of a step at most two are run, since the third does what the second did. Moments are strings:
-    'last backward, block 3', 'update'.
+    At most PASSES passes of a step are run. Moments are strings: 'last backward, block 3', 'update'.
     """
     _, mine, passes = divide(config, gpus)
     shape = replace(LLAMA2[config.model], max_seq_len=config.max_seq_len)
@@ -238,7 +243,7 @@ def trace(config: PretrainConfig, gpus: int, n_layers: int | None = None) -> dic
                 group["foreach"] = True  # PyTorch's choice on a GPU
             training_tensors(model, optimizer)
             batch = torch.zeros(mine, config.max_seq_len + 1, dtype=torch.int64)
-            parts = list(micro_batches(batch, passes))[:2]
+            parts = list(micro_batches(batch, passes))[:PASSES]
             meter = Meter(model, optimizer, len(parts))
             meter.track_inputs((batch,))
             with meter.unwatched_shapes(), mock.patch.object(F, "scaled_dot_product_attention", flash_attention), meter:
@@ -250,7 +255,7 @@ def trace(config: PretrainConfig, gpus: int, n_layers: int | None = None) -> dic
     return {"layers": shape.n_layers, "memory": memory, "work": {phase: dict(w) for phase, w in meter.work.items()}}
 
 
-# ---------- chapters/02_pretraining.py · Three blocks tell of eighty
+# ---------- chapters/02_pretraining.py · Four blocks tell of eighty
 
 def per_block(small: dict, large: dict) -> dict:
     "The work of each phase as {'rest': …, 'block': …}, from traces of k and k + 1 blocks: work is linear in depth."
@@ -263,7 +268,7 @@ def per_block(small: dict, large: dict) -> dict:
 
 
 def extrapolated(small: dict, large: dict, layers: int) -> dict:
-    """The trace of `layers` blocks, from traces of two and of three.
+    """The trace of `layers` blocks, from traces of three and of four.
 
     At a moment (in the first, second, last but one or last block, or outside) memory is linear in depth. What other
     blocks hold lies between what these do, so that the peak is at one of these moments.
@@ -314,7 +319,7 @@ class PlanConfig:
     compile: bool | None = None  # torch.compile every block; the plan's memory is that without
     batch_tokens: int = 4_000_000  # of one optimiser step, over all GPUs
     seq_len: int = 4096
-    every_block: bool = True  # trace all blocks; otherwise two and three, and extrapolate
+    every_block: bool = True  # trace all blocks; otherwise three and four, and extrapolate
     search: bool = False  # find the fewest GPUs, and the fastest setting that fits them
 
     def recipe(self) -> PretrainConfig:
@@ -343,7 +348,7 @@ def plan(config: PlanConfig, hardware: Hardware = A100) -> dict:
     """
     recipe = config.recipe()
     ranks, _, passes = divide(recipe, config.gpus)
-    small, large = (trace(recipe, config.gpus, layers) for layers in (2, 3))
+    small, large = (trace(recipe, config.gpus, layers) for layers in DEPTHS)
     layers = LLAMA2[config.model].n_layers
     whole = trace(recipe, config.gpus) if config.every_block else extrapolated(small, large, layers)
     moment, memory = peak(whole)
