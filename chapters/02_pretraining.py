@@ -1862,6 +1862,12 @@ assert work["first forward"]["attention"] == attention and work["first backward"
 
 # %%
 #| export plan
+def two_traces(config: PretrainConfig, gpus: int) -> tuple[dict, dict]:
+    "What `per_block` and `extrapolated` need."
+    small, large = (trace(config, gpus, depth) for depth in DEPTHS)
+    return small, large
+
+
 def per_block(small: dict, large: dict) -> dict:
     "The work of each phase as {'rest': …, 'block': …}, from traces of k and k + 1 blocks: work is linear in depth."
     parts = {}
@@ -2075,13 +2081,13 @@ def plan(config: PlanConfig, hardware: Hardware = A100) -> dict:
     """
     recipe = config.recipe()
     ranks, _, passes = divide(recipe, config.gpus)
-    small, large = (trace(recipe, config.gpus, layers) for layers in DEPTHS)
+    small, large = two_traces(recipe, config.gpus)
     layers = LLAMA2[config.model].n_layers
-    whole = trace(recipe, config.gpus) if config.every_block else extrapolated(small, large, layers)
-    moment, memory = peak(whole)
-    total = memory.pop("total")
-    facts = {"ranks": ranks, "passes": passes, "moment": moment, "memory": memory, "total": total}
-    facts["fits"] = total + hardware.reserve <= hardware.memory
+    every = config.every_block or layers <= large["layers"]
+    whole = trace(recipe, config.gpus) if every else extrapolated(small, large, layers)
+    moment, held = peak(whole)
+    facts = {"ranks": ranks, "passes": passes, "moment": moment, "memory": {kind: held[kind] for kind in KINDS}}
+    facts |= {"total": held["total"], "fits": held["total"] + hardware.reserve <= hardware.memory}
     return facts | predicted(per_block(small, large), recipe, config.gpus, hardware)
 
 
@@ -2256,7 +2262,7 @@ def cli():
 # adjusted to these numbers.
 
 # %%
-from llama2lib.plan import table
+from llama2lib.plan import divide, extrapolated, peak, per_block, predicted, table, two_traces
 
 PUBLISHED = {  # tokens/s per GPU, rows a pass, activations recomputed
     "7B": (3700, 2, "none"),
@@ -2267,22 +2273,27 @@ PUBLISHED = {  # tokens/s per GPU, rows a pass, activations recomputed
 
 
 def predicted_runs(published: dict) -> dict:
-    "What `plan` says of the published runs: each rank makes one pass a step."
+    "What the plan says of the published runs, whose ranks make one pass a step; and if they had been compiled."
     found = {}
-    for size, (_, rows, ac) in published.items():
-        shared = dict(gpus=128, tp=1, ac=ac, micro_batch=rows, batch_tokens=128 * rows * 4096, every_block=False)
+    for size, (_, rows, ac, layers) in published.items():
+        shared = dict(gpus=128, tp=1, ac=ac, micro_batch=rows, batch_tokens=128 * rows * 4096)
+        eager, fused = (PlanConfig(size, compile=compiled, **shared).recipe() for compiled in (False, True))
+        traces = two_traces(eager, 128)
         found[size] = {
-            kind: plan(PlanConfig(size, compile=kind == "compiled", **shared)) for kind in ("eager", "compiled")
+            "memory": peak(extrapolated(*traces, layers))[1]["total"],
+            "eager": predicted(per_block(*traces), eager, 128),
+            "compiled": predicted(per_block(*traces), fused, 128),
         }
     return found
 
 
 if recipes.scale() != "smoke":
-    runs = recipes.cached("plan-published", PUBLISHED, predicted_runs)
+    settings = {size: (*run, LLAMA2[size].n_layers) for size, run in PUBLISHED.items()}
+    runs = recipes.cached("plan-published", settings, predicted_runs)
     print("size  measured  predicted  difference   MFU   memory    if compiled")
-    for size, kinds in runs.items():
-        measured, (eager, fused) = PUBLISHED[size][0], (kinds["eager"], kinds["compiled"])
-        speed, memory = eager["tokens_per_second"], eager["total"] / 2**30
+    for size, facts in runs.items():
+        measured, eager, fused = PUBLISHED[size][0], facts["eager"], facts["compiled"]
+        speed, memory = eager["tokens_per_second"], facts["memory"] / 2**30
         print(
             f"{size:>4} {measured:9,} {speed:10,.0f} {speed / measured - 1:+11.0%} {eager['mfu']:5.0%} "
             f"{memory:5.1f} GiB {fused['tokens_per_second']:8,.0f} ({fused['mfu']:.0%})"
@@ -2306,22 +2317,19 @@ print(", ".join(f"{size} {speed:,.0f}" for size, speed in implied.items()), "tok
 
 # %% [markdown]
 # How does the predicted speed change from 64 to 2,000 GPUs, with the paper's four million tokens a step? At each number
-# of GPUs we take the fastest of twelve settings: four degrees of tensor parallelism, and up to one, two or four rows a
-# pass, with the recipe's choice of activations, compiled. A setting must fit already on 64.
+# of GPUs we take the fastest of seven settings: from one to eight ranks of tensor parallelism and from one to four rows
+# a pass, with the recipe's choice of activations, compiled. A setting must fit already on 64.
 
 
 # %%
-from llama2lib.plan import DEPTHS, divide, extrapolated, per_block, predicted
-
-
 def scaling(config: dict) -> dict:
-    "The fastest setting of a size on each number of GPUs, from traces on the first number."
-    counts, layers, best = config["gpus"], LLAMA2[config["size"]].n_layers, {}
+    "The fastest setting of a size on each number of GPUs, from traces on the first number (and its optimizer's work)."
+    counts, best = config["gpus"], {}
     for tp, rows in config["settings"]:
         for reduce in ("step", "micro_batch"):  # the second where the first does not fit
             run = PlanConfig(config["size"], counts[0], tp, None, rows, reduce, compile=True).recipe()
-            traces = [trace(run, counts[0], depth) for depth in DEPTHS]
-            fits = peak(extrapolated(*traces, layers))[1]["total"] <= A100.memory - A100.reserve
+            traces = two_traces(run, counts[0])
+            fits = peak(extrapolated(*traces, config["layers"]))[1]["total"] <= config["memory"]
             if fits:
                 break
         for gpus in counts if fits else ():
@@ -2337,10 +2345,13 @@ def scaling(config: dict) -> dict:
 
 
 counts = [64, 128, 256, 512, 1024, 2000]
-options = [(tp, rows) for tp in (1, 2, 4, 8) for rows in (1, 2, 4)]
+options = [(1, 1), (1, 2), (1, 4), (2, 2), (4, 2), (4, 4), (8, 4)]  # tp, rows a pass
+shared = {"gpus": counts, "settings": options, "memory": A100.memory - A100.reserve}
 if recipes.scale() != "smoke":
     curves = {
-        size: recipes.cached(f"plan-scaling-{size}", {"size": size, "gpus": counts, "settings": options}, scaling)
+        size: recipes.cached(
+            f"plan-scaling-{size}", {"size": size, "layers": LLAMA2[size].n_layers, **shared}, scaling
+        )
         for size in implied
     }
     print("size   implied   64 GPUs   2,000 GPUs   tp, rows a pass   exposed communication   GPU-hours, paper's")
@@ -2351,3 +2362,30 @@ if recipes.scale() != "smoke":
             f"{size:>4} {implied[size]:9,.0f} {one['tokens_per_second']:9,.0f} {many['tokens_per_second']:12,.0f} "
             f"{many['tp']:10}, {many['rows']} {shown:22.0%} {many['gpu_hours']:18,.0f}, {hours[size]:,}"
         )
+
+# %% [markdown]
+# The hollow rings are Table 2's speeds, drawn at 2,000 GPUs, the most that the paper speaks of; on how many each model
+# was trained it does not say.
+
+# %%
+fig, ax = plt.subplots(figsize=(6.2, 3.8))
+if recipes.scale() != "smoke":
+    for size, curve in curves.items():
+        gpus, speeds = [int(n) for n in curve], [facts["tokens_per_second"] for facts in curve.values()]
+        ax.loglog(gpus, speeds, "o-", color=plots.COLORS[size], markersize=4)
+        ax.text(gpus[0] * 0.94, speeds[0], size, color=plots.COLORS[size], ha="right", va="center")
+        ax.loglog(2000, implied[size], **plots.RINGS | {"color": plots.COLORS[size]})
+    ledger.record(
+        "Table 2", "GPU hours of each size", "illustrated", {size: hours[size] for size in implied},
+        {size: round(curve["2000"]["gpu_hours"]) for size, curve in curves.items()},
+        evidence="figures/02_scaling_gpus.png",
+    )  # fmt: skip
+ax.plot([], [], "o-", color="0.35", markersize=4, label="predicted")
+ax.plot([], [], label="implied by Table 2", **plots.RINGS)
+ax.set(xlabel="GPUs", ylabel="tokens/s per GPU", title="A batch of 4M tokens leaves 2,000 GPUs little to do")
+ax.set_xticks([64, 128, 256, 512, 1024, 2000], ["64", "128", "256", "512", "1,024", "2,000"])
+ax.set_yticks([100, 200, 500, 1000, 2000, 5000], ["100", "200", "500", "1,000", "2,000", "5,000"])
+ax.minorticks_off()
+ax.set_xlim(50, 2600)
+ax.legend(loc="lower left")
+plots.save(fig, "02_scaling_gpus.png")

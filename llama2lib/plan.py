@@ -12,6 +12,7 @@ __all__ = [
     "Meter",
     "spelt",
     "trace",
+    "two_traces",
     "per_block",
     "extrapolated",
     "places",
@@ -257,6 +258,12 @@ def trace(config: PretrainConfig, gpus: int, n_layers: int | None = None) -> dic
 
 # ---------- chapters/02_pretraining.py · Four blocks tell of eighty
 
+def two_traces(config: PretrainConfig, gpus: int) -> tuple[dict, dict]:
+    "What `per_block` and `extrapolated` need."
+    small, large = (trace(config, gpus, depth) for depth in DEPTHS)
+    return small, large
+
+
 def per_block(small: dict, large: dict) -> dict:
     "The work of each phase as {'rest': …, 'block': …}, from traces of k and k + 1 blocks: work is linear in depth."
     parts = {}
@@ -348,13 +355,13 @@ def plan(config: PlanConfig, hardware: Hardware = A100) -> dict:
     """
     recipe = config.recipe()
     ranks, _, passes = divide(recipe, config.gpus)
-    small, large = (trace(recipe, config.gpus, layers) for layers in DEPTHS)
+    small, large = two_traces(recipe, config.gpus)
     layers = LLAMA2[config.model].n_layers
-    whole = trace(recipe, config.gpus) if config.every_block else extrapolated(small, large, layers)
-    moment, memory = peak(whole)
-    total = memory.pop("total")
-    facts = {"ranks": ranks, "passes": passes, "moment": moment, "memory": memory, "total": total}
-    facts["fits"] = total + hardware.reserve <= hardware.memory
+    every = config.every_block or layers <= large["layers"]
+    whole = trace(recipe, config.gpus) if every else extrapolated(small, large, layers)
+    moment, held = peak(whole)
+    facts = {"ranks": ranks, "passes": passes, "moment": moment, "memory": {kind: held[kind] for kind in KINDS}}
+    facts |= {"total": held["total"], "fits": held["total"] + hardware.reserve <= hardware.memory}
     return facts | predicted(per_block(small, large), recipe, config.gpus, hardware)
 
 
