@@ -21,7 +21,9 @@ __all__ = [
     "plan",
     "predicted",
     "described",
+    "CHOICES",
     "settings",
+    "no_leaner",
     "search",
     "table",
     "cli",
@@ -325,7 +327,7 @@ class PlanConfig:
     reduce: Literal["step", "micro_batch"] | None = None  # when gradients are summed over ranks
     compile: bool | None = None  # torch.compile every block; the plan's memory is that without
     batch_tokens: int = 4_000_000  # of one optimiser step, over all GPUs
-    seq_len: int = 4096
+    seq_len: int = 4096  # tokens of a row
     every_block: bool = True  # trace all blocks; otherwise three and four, and extrapolate
     search: bool = False  # find the fewest GPUs, and the fastest setting that fits them
 
@@ -400,14 +402,20 @@ def described(config: PlanConfig, found: dict, hardware: Hardware = A100) -> str
     )
     return "\n".join(lines)
 
+CHOICES = {  # that a search looks at, those that need least memory first
+    "tp": (8, 4, 2, 1),
+    "ac": ("full", "selective", "none"),
+    "reduce": ("micro_batch", "step"),
+    "micro_batch": (1, 2, 4),
+}
+
+
 def settings(config: PlanConfig, gpus: int) -> list[PlanConfig]:
-    "All settings of what `config` leaves open, that so many GPUs can be divided into; the least memory last."
-    choices = {"tp": (1, 2, 4, 8), "ac": ("none", "selective", "full"), "reduce": ("step", "micro_batch")}
-    choices["micro_batch"] = (4, 2, 1)
-    wanted = [(getattr(config, name),) if getattr(config, name) is not None else choices[name] for name in choices]
+    "All CHOICES of what `config` leaves open, that so many GPUs can be divided into; of each tp the leanest first."
+    wanted = [(getattr(config, name),) if getattr(config, name) is not None else CHOICES[name] for name in CHOICES]
     found = []
     for values in product(*wanted):
-        given = dict(zip(choices, values, strict=True))
+        given = dict(zip(CHOICES, values, strict=True))
         setting = replace(config, gpus=gpus, every_block=False, search=False, **given)
         try:
             divide(setting.recipe(), gpus)
@@ -417,9 +425,17 @@ def settings(config: PlanConfig, gpus: int) -> list[PlanConfig]:
     return found
 
 
+def no_leaner(one: PlanConfig, other: PlanConfig) -> bool:
+    "Whether `one` needs as much memory as `other` or more, since none of its choices needs less."
+    pairs = [(choices, getattr(one, name), getattr(other, name)) for name, choices in CHOICES.items() if name != "tp"]
+    return one.tp == other.tp and all(a == b or choices.index(a) > choices.index(b) for choices, a, b in pairs)
+
+
 def search(config: PlanConfig, hardware: Hardware = A100) -> list[tuple[PlanConfig, dict]]:
-    """The fewest GPUs, up to `config.gpus`, that a setting fits on, and all settings on so many: the fastest that fits
-    first, those that do not fit last. ValueError, with the least memory that was found, when none fits.
+    """The fewest GPUs, up to `config.gpus`, that a setting fits on, and the settings on so many: the fastest that fits
+    first, those that do not fit last, without those that cannot fit because a leaner one does not.
+
+    ValueError, with the least memory that was found, when none fits.
     """
     recipe = config.recipe()
     if config.tp is not None:
@@ -429,8 +445,9 @@ def search(config: PlanConfig, hardware: Hardware = A100) -> list[tuple[PlanConf
     with tqdm(desc="GPUs", unit=" plans", disable=None) as bar:
         while low < high:  # the fewest lie in counts[low:high]
             middle = (low + high) // 2
-            lean = {setting.tp: setting for setting in settings(config, counts[middle])}  # of each tp the leanest
-            totals = []
+            lean, totals = {}, []
+            for setting in settings(config, counts[middle]):
+                lean.setdefault(setting.tp, setting)
             for setting in lean.values():
                 totals.append(plan(setting, hardware)["total"])
                 bar.set_postfix_str(f"{setting.gpus} GPUs, tp {setting.tp}: {totals[-1] / 2**30:.0f} GiB")
@@ -445,7 +462,12 @@ def search(config: PlanConfig, hardware: Hardware = A100) -> list[tuple[PlanConf
     if low == len(counts):
         needs = f"the leanest setting needs {least / 2**30:.1f} GiB each"
         raise ValueError(f"{config.model} fits on no number of GPUs up to {config.gpus}: {needs}")
-    found = [(setting, plan(setting, hardware)) for setting in tqdm(settings(config, counts[low]), unit=" settings")]
+    found, failed = [], []
+    for setting in tqdm(settings(config, counts[low]), desc=f"settings of {counts[low]} GPUs", disable=None):
+        if any(no_leaner(setting, other) for other in failed):
+            continue
+        found.append((setting, plan(setting, hardware)))
+        failed += [setting] if not found[-1][1]["fits"] else []
     return sorted(found, key=lambda pair: (not pair[1]["fits"], -pair[1]["tokens_per_second"]))
 
 
@@ -461,7 +483,7 @@ def table(found: list[tuple[PlanConfig, dict]]) -> str:
 
 def cli():
     "python -m llama2lib.plan --model 70B --gpus 64: memory and speed of a pretraining run, before there are GPUs."
-    config = tyro.cli(PlanConfig, description=cli.__doc__)
+    config = tyro.cli(PlanConfig, prog="python -m llama2lib.plan", description=cli.__doc__)
     torch.set_num_threads(1)
     try:
         if not config.search:

@@ -316,13 +316,15 @@ def test_a_search_finds_the_fewest_gpus_and_the_fastest_setting_that_fits():
     with mock.patch.object(planning, "plan", formula):
         found = search(PlanConfig("70B", 64, ac="full"))
         assert {setting.gpus for setting, _ in found} == {16}  # 8 GPUs: 100 GiB each; 16: 50
-        assert len(found) == len(settings(PlanConfig("70B", 64, ac="full"), 16)) == 4 * 2 * 3
+        assert len(settings(PlanConfig("70B", 64, ac="full"), 16)) == 4 * 2 * 3
+        assert len(found) == 4 * 2 * 3 - 1  # of two with 4 rows and tp 1, the leaner one does not fit
         best, facts = found[0]
         assert facts["fits"] and (best.tp, best.micro_batch, best.ac) == (8, 4, "full")
         fitting = [facts["tokens_per_second"] for _, facts in found if facts["fits"]]
         assert 0 < len(fitting) < len(found) and fitting == sorted(fitting, reverse=True)
         assert not any(facts["fits"] for _, facts in found[len(fitting) :])
         assert len(looked_at) < 2 * len(found)  # not all settings on all numbers of GPUs
+        assert search(PlanConfig("70B", 40, ac="full"))[0][0].gpus == 16
         with pytest.raises(ValueError, match=r"70B fits on no number of GPUs up to 8: .* needs 101\.0 GiB"):
             search(PlanConfig("70B", 8, ac="full"))
 
