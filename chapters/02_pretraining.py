@@ -1563,9 +1563,10 @@ def cli():
 # `train_step` as the run, and writes down what it sees: which tensors are alive at once, how many operations the matrix
 # products have, and how many bytes the other kernels and the collectives move.
 #
-# One thing must be put right. Without a GPU, PyTorch would compute attention with shared heads by writing out all the
-# scores, $T^2$ numbers for each head. On an A100 it calls FlashAttention, which keeps its output and one number for
-# each token and head, and reads shared keys and values as they are. The trace asks for that kernel by name.
+# One thing must be put right. For tensors that are not on a GPU PyTorch picks another attention kernel than on an A100,
+# and where none suits, one that writes out all the scores, $T^2$ numbers for each head. On an A100 it calls
+# FlashAttention, which keeps its output and one number for each token and head, and reads shared keys and values as
+# they are. The trace asks for that kernel by name.
 
 # %%
 #| export plan
