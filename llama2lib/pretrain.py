@@ -113,9 +113,15 @@ class PretrainConfig:
 
 PRETRAIN = {
     "7B": PretrainConfig(micro_batch=2, parallel=Parallel(ac="selective", compile=True)),
-    "13B": PretrainConfig("13B", micro_batch=2, parallel=Parallel(ac="full", compile=True)),
-    "34B": PretrainConfig("34B", lr=1.5e-4, micro_batch=1, parallel=Parallel(tp=8, ac="selective", compile=True)),
-    "70B": PretrainConfig("70B", lr=1.5e-4, micro_batch=1, parallel=Parallel(tp=8, ac="full", compile=True)),
+    "13B": PretrainConfig(
+        "13B", micro_batch=2, parallel=Parallel(ac="selective", compile=True, reduce="micro_batch")
+    ),
+    "34B": PretrainConfig(
+        "34B", lr=1.5e-4, micro_batch=1, parallel=Parallel(ac="selective", compile=True, reduce="micro_batch")
+    ),
+    "70B": PretrainConfig(
+        "70B", lr=1.5e-4, micro_batch=2, parallel=Parallel(ac="full", compile=True, reduce="micro_batch")
+    ),
     "book-1M": PretrainConfig(
         "book-1M", lr=3e-3, warmup_steps=40, batch_tokens=2048, tokens=1_500_000, max_seq_len=256, save_every=200
     ),

@@ -30,7 +30,6 @@ FAMILY = {
     "7k": family_member(16, n_layers=2),
     "27k": family_member(32, n_layers=2),
     "101k": family_member(64, n_layers=2),
-    "332k": family_member(96, n_layers=3),
     "804k": family_member(128, n_layers=4),
 }
 
@@ -40,7 +39,7 @@ def non_embedding(config: ModelConfig) -> int:
     return config.num_params - 2 * config.vocab_size * config.dim
 
 
-def family_recipe(config: ModelConfig, steps: int, batch_tokens: int = 2048, warmup_steps: int = 96) -> PretrainConfig:
+def family_recipe(config: ModelConfig, steps: int, batch_tokens: int = 1024, warmup_steps: int = 96) -> PretrainConfig:
     "Section 2.2's recipe, small: the learning rate is 0.003 at a width of 128 and goes with 1 / width."
     lr = 3e-3 * 128 / config.dim
     return PretrainConfig(
