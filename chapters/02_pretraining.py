@@ -3041,9 +3041,9 @@ print(described(config, found))
 
 # %% [markdown]
 # The settings trade memory for operations done twice, or for communication. Activations that are kept need not be
-# computed again, and soon do not fit. More rows a pass gather the weights less often. With tensor parallelism each block
-# waits for its neighbours; without it, by this model, a pass of 70B computes long enough to hide both kinds of FSDP's
-# collectives. And `reduce="step"` would have a rank keep the float32 gradients of all weights, or of its
+# computed again, and soon do not fit. More rows a pass gather the weights less often. With tensor parallelism each
+# block waits for its neighbours; without it, by this model, a pass of 70B computes long enough to hide both kinds of
+# FSDP's collectives. And `reduce="step"` would have a rank keep the float32 gradients of all weights, or of its
 # tensor-parallel part, until the last pass has added to them: most of the memory of the rightmost bar.
 
 # %%
