@@ -91,8 +91,7 @@ class Parallel:
     tp: int = 1  # tensor parallelism: ranks that divide every matrix among them; at most the GPUs of one node
     ac: Literal["none", "selective", "full"] = "none"  # activations recomputed: none, all but matrix products, all
     compile: bool = False  # torch.compile every block
-    reduce: Literal["step", "micro_batch"] = "step"  # gradients are summed over ranks once a step (fast), or after
-    # every micro-batch (little memory: a rank never keeps more than its slice)
+    reduce: Literal["step", "micro_batch"] = "step"  # sum gradients over ranks once (fast), or each time (less memory)
 
 
 def make_mesh(parallel: Parallel, device_type: str) -> DeviceMesh | None:

@@ -68,16 +68,16 @@ class PretrainConfig:
     """
 
     model: str = "7B"  # a size of llama2lib.model.LLAMA2, or a checkpoint folder to go on from
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    warmup_steps: int = 2000
+    lr: float = 3e-4  # at the end of the warm-up
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-5  # of AdamW
+    weight_decay: float = 0.1  # of matrices; the norms' weights are exempt
+    grad_clip: float = 1.0  # largest norm of the gradient
+    warmup_steps: int = 2000  # in which the learning rate rises to its peak
     final_lr: float = 0.1  # share of the peak that the cosine ends at
     batch_tokens: int = 4_000_000  # of one optimiser step, over all GPUs
-    tokens: int = 2_000_000_000_000
-    max_seq_len: int = 4096
+    tokens: int = 2_000_000_000_000  # of the whole run
+    max_seq_len: int = 4096  # tokens of a row
     seed: int = 0  # of the weights and of the order of the data
 
     data: Path = Path("shards")  # token shards, made by python -m llama2lib.shards
