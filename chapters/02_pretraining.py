@@ -3658,9 +3658,9 @@ for claim, what, criterion in (
 
 # %% [markdown]
 # Under the cosine every size still falls at the end. The control says why. The larger sizes fall as fast at a constant
-# rate, so it is the data that help them, and the lower rate adds a shift and no slope. Most of the smallest size's slope,
-# at 146 tokens per parameter, is the schedule's: at its high constant rate five seeds do not show that it still falls.
-# For it the fair witness is the last column: annealed on all tokens against annealed on half.
+# rate, so it is the data that help them, and the lower rate adds a shift and no slope. Most of the smallest size's
+# slope, at 146 tokens per parameter, is the schedule's: at its high constant rate five seeds do not show that it still
+# falls. For it the fair witness is the last column: annealed on all tokens against annealed on half.
 #
 # So a falling loss at the end of a cosine is weak evidence against saturation: a part of the fall can be the
 # schedule's. The paper's figure has no such control.
