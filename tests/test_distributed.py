@@ -45,8 +45,8 @@ def torchrun(*arguments: str, nproc: int = 2, flags: tuple[str, ...] = (), timeo
     assert ran.returncode == 0, "\n".join(errors) or ran.stderr[-4000:]
 
 
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+def losses(folder: Path, what: str = "loss") -> list[float]:
+    return [json.loads(line)[what] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -87,6 +87,7 @@ def test_several_processes_learn_what_one_learns(alone, shards, tmp_path, nproc,
     torchrun("train", json.dumps(fields), nproc=nproc)
     assert len(losses(alone)) == 20 and losses(alone)[-1] < losses(alone)[0] - 0.5
     assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(tmp_path, "grad_norm") == pytest.approx(losses(alone, "grad_norm"), rel=1e-5)
     for name, weight in weights(tmp_path).items():
         assert torch.allclose(weight, weights(alone)[name], atol=1e-4), name
 
