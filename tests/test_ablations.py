@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llama2lib import ablations
+from llama2lib import ablations, paper
 from llama2lib.ablations import (
     ATTRIBUTES,
     FACT_TOKENS,
@@ -73,6 +73,8 @@ def test_the_factor_is_that_of_the_formula_and_the_paper_prints_more():
 def test_the_30b_shapes_differ_in_heads_and_width_only_and_are_about_30b():
     assert {(s.dim, s.n_layers, s.n_heads) for s in SHAPES.values()} == {(6656, 60, 64)}
     assert {name: shape.n_kv_heads for name, shape in SHAPES.items()} == {"30B-MHA": 64, "30B-GQA": 8, "30B-MQA": 1}
+    for kind, factor in paper.TEXT["Section A.2.1"]["ffn_factor"].items():
+        assert 0 <= SHAPES[f"30B-{kind}"].hidden_dim - factor * 8 * 6656 / 3 < 257  # rounded up to multiples of 256
     assert all(30e9 < shape.num_params < 35e9 for shape in SHAPES.values())
     assert {name: recipe.model for name, recipe in RECIPES.items()} == dict(zip(SHAPES, SHAPES, strict=True))
 
