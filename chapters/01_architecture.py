@@ -2090,6 +2090,9 @@ print("\ndifferences, with 95 % intervals over seeds and rows")
 differences = {name: paired_interval(loss, losses["MHA"]) for name, loss in losses.items() if name != "MHA"}
 for name, gap in differences.items():
     print(f"{name:>16} - MHA  {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]")
+for name in ("GQA", "MQA"):
+    gap = paired_interval(losses[f"{name}, not widened"], losses[name])
+    print(f"{name}, not widened - {name}  {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]")
 
 
 def by_seed(scores: np.ndarray) -> dict[int, float]:
@@ -2138,7 +2141,7 @@ ax.set(
     xticks=[128, 256, 512, 1024],
     xlabel="KV cache (bytes a token, 16 bits)",
     ylabel="held-out loss minus MHA's\n(nats per token)",
-    title="An eighth of the cache; the loss, by kind (95 % intervals, seeds as dashes)",
+    title="A smaller cache, a higher loss (95 % intervals; dashes are seeds)",
 )
 ax.xaxis.set_major_formatter("{x:,.0f}")
 plots.save(fig, "table_18.png")
@@ -2342,17 +2345,22 @@ beyond = asked[:, 2] > context
 print(f"{len(asked)} questions, {beyond.sum()} of them beyond {context} tokens")
 
 # %%
-by_context = {context: [], 2 * context: []}
-for seed in streams:
-    text = token_stream(pieces, training_documents(seed), recipes_by_context[context].tokens + 1)
-    stream = fact_stream(text, 2 * context, vocabulary, np.random.default_rng(seed))
-    for length, recipe in recipes_by_context.items():
-        inputs = dict(model=reader, stream=stream, recipe=recipe, seed=seed, device=device, window=context)
-        inputs |= dict(short=short_rows, long=long_rows, documents=documents, asked=asked)
-        by_context[length].append(cached(f"table-16-context{length}-seed{seed}", inputs, train_context))
-short, long = (
-    {what: np.stack([run[what] for run in of_seed]) for what in of_seed[0]} for of_seed in by_context.values()
-)
+def contexts(steps: int) -> list[dict]:
+    "What the short and the long model measured after so many steps, each as {what: [seeds, …]}."
+    found = {context: [], 2 * context: []}
+    for seed in streams:
+        tokens = steps * run_size["batch_tokens"]
+        text = token_stream(pieces, training_documents(seed), tokens + 1)
+        stream = fact_stream(text, 2 * context, vocabulary, np.random.default_rng(seed))
+        for length, recipe in recipes_by_context.items():
+            recipe = replace(recipe, tokens=tokens)
+            inputs = dict(model=reader, stream=stream, recipe=recipe, seed=seed, device=device, window=context)
+            inputs |= dict(short=short_rows, long=long_rows, documents=documents, asked=asked)
+            found[length].append(cached(f"table-16-context{length}-seed{seed}", inputs, train_context))
+    return [{what: np.stack([run[what] for run in runs]) for what in runs[0]} for runs in found.values()]
+
+
+short, long = contexts(run_size["steps"])
 
 # %%
 readers = {
@@ -2383,44 +2391,62 @@ past = paired_interval(long["whole"][:, beyond], short["whole"][:, beyond])
 print(f"beyond, against the short context that reads all: {past.value:+.3f} [{past.low:+.3f}, {past.high:+.3f}]")
 
 # %% [markdown]
-# The loss by position, on held-out rows that are as long as the long context:
+# Is the difference on short text a price of the longer context, or of the short training? The same runs on half of the
+# tokens, each with a cosine of its own:
+
+# %%
+half = contexts(run_size["steps"] // 2)
+for tokens, (of_short, of_long) in (("half", half), ("all", (short, long))):
+    gap = paired_interval(of_long["short"], of_short["short"])
+    right = f"questions answered: {of_short['whole'].mean():.2f} and {of_long['whole'].mean():.2f}"
+    print(f"{tokens:>4} of the tokens: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] nats per token; {right}")
+
+# %% [markdown]
+# The picture: answers by the distance of the fact, and the loss by position on held-out rows that are as long as the
+# long context.
 
 # %%
 width = 2 * context // 16
 bins = np.arange(16) * width + width / 2
 
 
-def by_position(losses: np.ndarray) -> list:
-    "Intervals of the loss in sixteen parts of the row, over seeds and rows. [seeds, rows, T]"
-    parts = losses.reshape(*losses.shape[:2], 16, width).mean(-1)
-    return [paired_interval(parts[:, :, i], 0 * parts[:, :, i]) for i in range(16)]
+def by_position(losses: np.ndarray) -> np.ndarray:
+    "The loss in sixteen parts of the row. [seeds, rows, T] → [seeds, rows, 16]"
+    return losses.reshape(*losses.shape[:2], 16, width).mean(-1)
 
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.7))
+fig, axes = plt.subplots(1, 3, figsize=(12.6, 3.6))
 edges = np.linspace(0, 2 * context, 9)
 part = np.clip(np.digitize(asked[:, 2], edges, right=True) - 1, 0, 7)
+shown = [i for i in range(8) if (part == i).any()]
+middle = (edges[:-1] + edges[1:])[shown] / 2
 styles = (plots.COLORS["70B"], "-"), (plots.COLORS["ours"], "-"), (plots.COLORS["7B"], ":")
-for (name, right_answers), (color, line) in zip(readers.items(), styles, strict=True):
-    shown = [i for i in range(8) if (part == i).any()]
-    found = [paired_interval(right_answers[:, part == i], 0 * right_answers[:, part == i]) for i in shown]
-    middle = (edges[:-1] + edges[1:])[shown] / 2
-    low, high = (np.clip([f.low for f in found], 0, 1), np.clip([f.high for f in found], 0, 1))
-    left.fill_between(middle, low, high, color=color, alpha=0.15, lw=0)
-    left.plot(middle, [f.value for f in found], line, marker=".", color=color, label=name)
-left.axhline(1 / VALUES, color="0.6", lw=1, ls="--")
-left.text(0, 1 / VALUES + 0.02, "a guess", color="0.5")
-for ax in (left, right):
-    ax.axvline(context, color="0.7", lw=1)
-left.set(
+for (name, found), (color, line) in zip(readers.items(), styles, strict=True):
+    share_right = [paired_interval(found[:, part == i], 0 * found[:, part == i]) for i in shown]
+    value, low, high = np.clip(np.array(share_right).T, 0, 1)
+    axes[0].fill_between(middle, low, high, color=color, alpha=0.15, lw=0)
+    axes[0].plot(middle, value, line, marker=".", color=color, label=name)
+axes[0].axhline(1 / VALUES, color="0.6", lw=1, ls="--")
+axes[0].text(0, 1 / VALUES - 0.06, "a guess", color="0.5")
+axes[0].set(
     xlabel="distance of the fact (tokens)",
-    ylabel="questions answered",
+    ylabel="share of questions answered",
     ylim=(0, 1.05),
-    title="What lies outside the context is lost",
+    title="What is outside the context is lost",
 )
-left.legend(title="context, what it reads", loc="center left", bbox_to_anchor=(0, 0.42))
-for name, run, color in ((f"{2 * context}", long, plots.COLORS["70B"]), (f"{context}", short, plots.COLORS["7B"])):
-    found = by_position(run["long"])
-    right.plot(bins, [f.value for f in found], ".-", color=color, label=f"context {name}")
-right.set(xlabel="position in the row (tokens)", ylabel="held-out loss (nats per token)", title="Loss by position")
-right.legend()
+axes[0].legend(title="context, what is read", loc="center left", bbox_to_anchor=(0, 0.45))
+pair = by_position(long["long"]), by_position(short["long"])
+for found, color, name in ((pair[0], "70B", 2 * context), (pair[1], "ours", context)):
+    axes[1].plot(bins, found.mean((0, 1)), ".-", color=plots.COLORS[color], label=f"context {name}")
+axes[1].set(ylabel="held-out loss (nats per token)", title="Loss by position")
+axes[1].legend()
+value, low, high = np.array([paired_interval(pair[0][:, :, i], pair[1][:, :, i]) for i in range(16)]).T
+axes[2].fill_between(bins, low, high, color=plots.COLORS["70B"], alpha=0.15, lw=0)
+axes[2].plot(bins, value, ".-", color=plots.COLORS["70B"])
+axes[2].axhline(0, color="0.4", lw=1)
+axes[2].set(ylabel="long minus short (nats per token)", title="Their difference, 95 % intervals")
+for ax in axes:
+    ax.axvline(context, color="0.7", lw=1)
+for ax in axes[1:]:
+    ax.set_xlabel("position in the row (tokens)")
 plots.save(fig, "table_16.png")
