@@ -83,7 +83,7 @@ def memory(
         raise ValueError(f"batch {batch}, context {context}, {new_tokens} new tokens: expected 1 or more, 1, and 0")
     part, tokens = with_copies(config, gpus), batch * context
     norm, softmax = 12 * config.dim, 4 * config.dim + 10 * config.n_heads / gpus * context * (not fused)
-    logits = 2 * config.dim + logit_bytes * config.vocab_size if logit_bytes else 0
+    logits = 2 * config.dim + logit_bytes * config.vocab_size
     return {
         "weights": number * part.num_params / gpus,
         "cache": batch * (context + new_tokens) * part.kv_bytes_per_token(number) / gpus,

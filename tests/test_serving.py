@@ -167,6 +167,18 @@ def test_a_small_batch_waits_for_the_weights_and_a_large_one_for_the_operations(
     assert products[0] == pytest.approx(read / (A100.bandwidth * A100.streaming))
 
 
+def test_unfused_kernels_read_and_write_every_number():
+    "Scores by the heads of a GPU, norms and sums on every GPU in full, SwiGLU and rotation by its share."
+    config, speed = KINDS["GQA"], A100.bandwidth * A100.streaming
+    found = pass_seconds(config, 4, 2048, 2048, 8)
+    products = 4 * 60 * 6656 * 2048 * 4 * 2048 / 8 / (A100.matmul * A100.peak_flops)
+    scores = 32 * 60 * (64 / 8) * 4 * 2048**2
+    cache = 4 * 2048 * config.kv_bytes_per_token() / 8
+    assert found["attention"] == pytest.approx(products + (scores + cache) / speed)
+    norms, shared = (2 * 36 + 2 * 6) * 6656, (20 * (6656 + 8 * 104) + 10 * config.hidden_dim) / 8
+    assert found["other kernels"] == pytest.approx(4 * 2048 * 60 * (norms + shared) / speed)
+
+
 def test_fused_attention_skips_the_hidden_half_of_a_prompt_and_nothing_of_a_token():
     attention = {tokens: 4 * 60 * 6656 * 2048 * tokens / 8 for tokens in (1, 2048)}
     half = {1: 1, 2048: 2049 / 4096}
