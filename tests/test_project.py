@@ -166,7 +166,7 @@ def test_imports_point_one_way():
     "toolbox ← model, tokenizer, checkpoint ← generation, corpus ← training; nobody imports a later stage."
     order = ["recipes", "paper", "stats", "plots", "launch", "ledger", "model", "tokenizer", "checkpoint", "generation"]
     order += ["corpus", "cleaning", "shards", "optim", "distributed", "pretrain", "ablations", "scaling"]
-    order += ["roofline", "plan"]
+    order += ["roofline", "plan", "serving"]
     for file in ROOT.glob("llama2lib/*.py"):
         if file.stem == "__init__":
             continue
