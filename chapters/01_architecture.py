@@ -16,7 +16,8 @@
 # | attention | grouped queries (GQA) in the 34B and 70B models | new |
 #
 # We build the model from its parts, check each against an independent implementation, count what it costs, then load
-# and save real checkpoints, generate text, and train a tokenizer.
+# and save real checkpoints, generate text, and train a tokenizer. The appendix's experiments come last: fewer key/value
+# heads, a longer context, and what the heads mean for a server.
 #
 # > Ours: paragraphs that begin with 'Ours' say where we choose what the paper leaves open, or differ from it.
 
