@@ -24,6 +24,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+from llama2lib.ablations import compensated
 from llama2lib.generation import generate
 from llama2lib.model import Llama, ModelConfig
 from llama2lib.roofline import A100, Hardware, collective_seconds, compute_seconds
@@ -43,11 +44,7 @@ def attention_kinds(config: ModelConfig, kv_heads: int = 8) -> dict[str, ModelCo
 
     Equal to the parameters of `config` up to the rounding of the width. ValueError when the heads cannot be shared so.
     """
-    kinds = {}
-    for kind, k in (("MHA", config.n_heads), ("GQA", kv_heads), ("MQA", 1)):
-        wider = 2 * (config.n_kv_heads - k) * config.head_dim // 3  # two projections against three matrices
-        kinds[kind] = replace(config, n_kv_heads=k, hidden_dim=config.hidden_dim + wider)
-    return kinds
+    return {kind: compensated(config, k) for kind, k in (("MHA", config.n_heads), ("GQA", kv_heads), ("MQA", 1))}
 
 
 def with_copies(config: ModelConfig, gpus: int) -> ModelConfig:
