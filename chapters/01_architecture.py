@@ -41,7 +41,7 @@ plt.rcParams.update(plots.STYLE)
 # %%
 #| export
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -162,8 +162,13 @@ LLAMA2 = {
 
 # %%
 #| export
+def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "... D"]:
+    "Root-mean-square normalisation over the last dimension, in float32 (section 2.2; Zhang & Sennrich 2019)."
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).type_as(x) * weight
+
+
 class RMSNorm(nn.Module):
-    "Root-mean-square normalisation over the last dimension (section 2.2). (… D) → (… D)"
+    "`rms_norm` with a weight that is learned. (… D) → (… D)"
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -171,7 +176,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 # %%
@@ -206,21 +211,27 @@ def rope_table(config: ModelConfig, device=None) -> Float[Tensor, "T H//2 2"]:
 
 def apply_rope(x: Float[Tensor, "B T N H"], rope: Float[Tensor, "#B T H//2 2"]) -> Float[Tensor, "B T N H"]:
     "Rotate neighbouring pairs of each head by the angles of their positions, in float32."
-    cos, sin = rope.unsqueeze(-3).unbind(-1)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    pairs, angles = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(-3)
+    if torch.compiler.is_compiling():
+        (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))
+    return turned.flatten(-2).type_as(x)
 
 
 # %% [markdown]
-# The released code says the same with complex numbers: the pair is one complex number, the rotation one product. That
-# makes a short independent check.
+# A pair is one complex number, and the rotation one product, as in the released code. That is one kernel where real
+# numbers take six, and four to ten times as fast; `torch.compile` makes one kernel of the six itself, and cannot do so
+# with complex numbers. Both must agree:
 
 # %%
 config = LLAMA2["debug"]
 rope = rope_table(config)
 q, k = torch.randn(2, 16, 4, 16), torch.randn(2, 16, 4, 16)
-as_complex = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * torch.view_as_complex(rope[:16])[None, :, None]
-assert torch.allclose(apply_rope(q, rope[:16]), torch.view_as_real(as_complex).flatten(-2), atol=1e-6)
+(even, odd), (cos, sin) = q.unflatten(-1, (-1, 2)).unbind(-1), rope[:16, None].unbind(-1)
+by_hand = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+assert torch.allclose(apply_rope(q, rope[:16]), by_hand, atol=1e-6)
 
 # %% [markdown]
 # The property that makes it useful: shifting query and key together changes nothing.
@@ -251,7 +262,9 @@ plots.save(fig, "01_rope.png")
 # ## The KV cache
 #
 # While generating, keys and values of earlier tokens never change, so they are kept. The cache is allocated once, at
-# its full length; `lengths` says how many tokens each row holds, so that rows of different length share a batch.
+# its full length; `lengths` says how many tokens each row holds, so that rows of different length share a batch. New
+# tokens go to places that are computed once for all layers: seen as one long list of heads, (B·K·S H), a cache takes
+# them in a single copy.
 
 
 # %%
@@ -271,6 +284,7 @@ class KVCache:
             [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(config.n_layers)]
             for _ in ("keys", "values")
         )
+        self.heads = torch.arange(batch * config.n_kv_heads, device=weight.device).view(batch, -1, 1) * length
         self.set_lengths(torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
     def set_lengths(self, lengths: Int[Tensor, "B"]):
@@ -278,16 +292,14 @@ class KVCache:
         self.lengths = lengths
         self.used = int(lengths.max())  # of the longest row: what attention has to read
 
-    def select(self, rows: Tensor):
-        "Keep only some rows (a mask or indices)."
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.set_lengths(self.lengths[rows])
+    def places(self, positions: Int[Tensor, "B T"]) -> Int[Tensor, "B*K*T"]:
+        "Where tokens at these positions go, in keys and values seen as (B·K·S H)."
+        return (self.heads[: len(positions)] + positions[:, None]).flatten()
 
-    def repeat(self, times: int):
-        "Give every row `times` copies, next to each other: samples of one prompt share its prefill."
-        self.keys = [k.repeat_interleave(times, 0) for k in self.keys]
-        self.values = [v.repeat_interleave(times, 0) for v in self.values]
-        self.lengths = self.lengths.repeat_interleave(times)
+    def copy_rows(self, to: list[int], source: "KVCache", rows: list[int], length: int):
+        "Fill rows with the first `length` tokens of rows of a cache: a prompt's for its samples, or a row that moves."
+        for target, origin in zip(self.keys + self.values, source.keys + source.values, strict=True):
+            target[to, :, :length] = origin[rows, :, :length]
 
 
 # %% [markdown]
@@ -299,7 +311,7 @@ class KVCache:
 #
 # `scaled_dot_product_attention` picks the fastest kernel for the device and shares key/value heads by itself
 # (`enable_gqa`), without making copies of them where the kernel allows. Without a cache the mask is plain causal. With
-# one, new tokens go to their rows' positions, and a row attends to what it holds.
+# one, a row attends to what it holds.
 
 
 # %%
@@ -316,17 +328,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"], rope: Float[Tensor, "#B T H//2 2"], cache=None, mask=None):
-        """`cache`: this layer's (keys, values, rows, positions), written in place. `mask` (B 1 T S): what tokens read.
+        """`cache`: this layer's keys and values, written in place, and the `KVCache.places` of the new ones.
 
-        Without a mask a token reads itself and the tokens before it in `x`.
+        `mask` (B 1 T S): which of them a token reads; without one it reads itself and the tokens before it in `x`.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
-            keys, values, rows, positions = cache
-            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
-            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+            keys, values, places = cache
+            for kept, new in (keys, k), (values, v):
+                kept.view(-1, self.head_dim).index_copy_(0, places, new.reshape(-1, self.head_dim).to(kept.dtype))
             if mask is not None:
                 k, v = keys[:, :, : mask.shape[-1]], values[:, :, : mask.shape[-1]]
         shared = k.shape[1] < q.shape[1]
@@ -435,7 +447,7 @@ class Llama(nn.Module):
         self.rope = rope_table(config, self.tok_embeddings.weight.device)
 
     def init_std(self, name: str) -> float | None:
-        "Standard deviation that a parameter is drawn with; None for the norms, which begin at 1 (ours; see above)."
+        "Standard deviation that a parameter is drawn with; None for the norms, which begin at 1 (ours)."
         if name.endswith("norm.weight"):
             return None
         return 0.02 / (2 * self.config.n_layers) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02
@@ -460,7 +472,7 @@ class Llama(nn.Module):
         if self.rope.device != tokens.device:
             with torch.inference_mode(False):  # built while generating, it must still serve training
                 self.rope = rope_table(self.config, tokens.device)
-        rope, mask, where = self.rope[:length], None, None
+        rope, mask, places = self.rope[:length], None, None
         if cache is not None:
             rows, _, room, _ = cache.keys[0].shape
             if rows != batch or cache.used + length > room:
@@ -468,7 +480,7 @@ class Llama(nn.Module):
                     f"{batch} rows of {cache.used} + {length} tokens, for a cache of {rows} rows of {room}"
                 )
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
-            where = torch.arange(batch, device=tokens.device)[:, None], positions
+            places = cache.places(positions)
             if cache.used:
                 rope = self.rope[positions]
                 reach = torch.arange(cache.used + length, device=tokens.device)
@@ -476,7 +488,7 @@ class Llama(nn.Module):
             cache.lengths, cache.used = cache.lengths + length, cache.used + length
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, cache and (cache.keys[i], cache.values[i], *where), mask)
+            x = layer(x, rope, cache and (cache.keys[i], cache.values[i], places), mask)
         return self.norm(x)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
@@ -640,24 +652,13 @@ plots.save(fig, "01_kv_cache.png")
 # together; no number changes, unless another type is asked for.
 
 # %%
-#| export checkpoint
-import json
-import os
+#| export formats
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from llama2lib.model import Llama, ModelConfig, swiglu_width
 
@@ -670,7 +671,7 @@ from llama2lib.model import Llama, ModelConfig, swiglu_width
 
 
 # %%
-#| export checkpoint
+#| export formats
 def interleaved_to_halves(weight: Float[Tensor, "N*H D"], n_heads: int) -> Float[Tensor, "N*H D"]:
     "Reorder the rows of wq (n_heads) or wk (n_kv_heads) from Meta's pairs to Hugging Face's."
     return rearrange(weight, "(n pair two) d -> (n two pair) d", n=n_heads, two=2)
@@ -727,7 +728,7 @@ for label, k_heads in (("n_kv_heads for wk", 2), ("n_heads for both", 4)):
 # summed, and the embedding by its width.
 
 # %%
-#| export checkpoint
+#| export formats
 NAMES = {  # Meta: (Hugging Face, dimension that several files divide; None: every file holds a copy)
     "tok_embeddings.weight": ("model.embed_tokens.weight", 1),
     "layers.*.attention.wq.weight": ("model.layers.*.self_attn.q_proj.weight", 0),
@@ -753,7 +754,7 @@ def layout(name: str) -> tuple[str, int | None]:
     return row[0].replace("*", layer[1] if layer else ""), row[1]
 
 
-def _part(name: str, shape: torch.Size, file: int, files: int) -> tuple[slice, ...]:
+def part_of_file(name: str, shape: torch.Size, file: int, files: int) -> tuple[slice, ...]:
     "The part of a parameter that one of Meta's files holds."
     index, dim = [slice(None)] * len(shape), layout(name)[1]
     if dim is not None:
@@ -762,7 +763,7 @@ def _part(name: str, shape: torch.Size, file: int, files: int) -> tuple[slice, .
     return tuple(index)
 
 
-def _meta_model(config: ModelConfig) -> Llama:
+def without_memory(config: ModelConfig) -> Llama:
     "The model without memory: names and shapes."
     with torch.device("meta"):
         return Llama(config)
@@ -783,7 +784,7 @@ assert {re.sub(r"\.\d+\.", ".*.", name) for name in Llama(LLAMA2["debug"]).state
 
 
 # %%
-#| export checkpoint
+#| export formats
 _HF_FIELDS = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -856,7 +857,7 @@ for shape in LLAMA2.values():
 
 
 # %%
-#| export checkpoint
+#| export formats
 def width_rule(dim: int, hidden_dim: int) -> tuple[int, float | None]:
     "(multiple_of, ffn_dim_multiplier) from which `swiglu_width` computes `hidden_dim`; the released ones if they do."
     for multiple_of, multiplier in ((256, None), (4096, 1.3)):
@@ -909,6 +910,36 @@ for width in range(1, 3000):
 
 # %%
 #| export checkpoint
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from llama2lib.formats import (
+    config_from_hf,
+    config_from_meta,
+    config_to_hf,
+    config_to_meta,
+    halves_to_interleaved,
+    interleaved_to_halves,
+    layout,
+    part_of_file,
+    without_memory,
+)
+from llama2lib.model import Llama, ModelConfig
+
+
 @contextmanager
 def _naming(file: Path):
     "Put the file's name in front of what is wrong with it."
@@ -988,7 +1019,7 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index}: expected a weight_map from tensors to files")
         files = [folder / name for name in sorted(set(places.values()))]
-    parameters = dict(_meta_model(config).named_parameters())
+    parameters = dict(without_memory(config).named_parameters())
     targets = {layout(name)[0]: [name] for name in parameters}
 
     def tensors():
@@ -1041,16 +1072,16 @@ def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]
         rule = {name: params.get(name) for name in ("dim", "multiple_of", "ffn_dim_multiplier")}
         stored = f"{w1} has {len(first[w1]) * count}"
         raise ValueError(f"{folder / 'params.json'}: {rule} give a width of {config.hidden_dim}, but {stored}")
-    model = dict(_meta_model(config).named_parameters())
+    model = dict(without_memory(config).named_parameters())
     for i, file in enumerate(files):
-        _check(file, _open_pth(file), {name: p[_part(name, p.shape, i, count)] for name, p in model.items()})
+        _check(file, _open_pth(file), {name: p[part_of_file(name, p.shape, i, count)] for name, p in model.items()})
 
     def pieces():
         for i, file in enumerate(files):
             tensors = _open_pth(file)
             for name, p in model.items():
                 if i == 0 or layout(name)[1] is not None:  # the norms are the same in every file
-                    yield name, _part(name, p.shape, i, count), tensors[name]
+                    yield name, part_of_file(name, p.shape, i, count), tensors[name]
             del tensors  # unmaps this file before the next one is read
 
     return config, first[embedding].dtype, pieces()
@@ -1140,7 +1171,7 @@ def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llam
     """
     config, stored, pieces = read_tensors(path)
     model = (
-        _meta_model(config)
+        without_memory(config)
         .to(dtype or stored)
         .to_empty(device=torch.get_default_device() if device is None else device)
     )
@@ -1194,10 +1225,14 @@ def _write_json(file: Path, fields: dict):
     file.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
-def _whole(parameter: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
-    "A parameter on the CPU; of a sharded one all ranks gather the parts, and those that do not `keep` it drop it."
-    tensor = parameter.detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Tensor) -> Tensor:
+    "A tensor, or all of one that is divided among ranks, which then all have to ask for it."
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(parameter: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
+    "A whole parameter on the CPU; ranks that do not `keep` it drop it."
+    tensor = whole(parameter.detach())
     return tensor.to("cpu", dtype).contiguous() if keep else None
 
 
@@ -1237,7 +1272,6 @@ def _write_once(model: Llama, files: Iterator, write):
     if sharded:
         for _ in files:
             pass
-    if sharded:
         message = [error and f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(message, src=0)
         if message[0] and error is None:
@@ -1319,7 +1353,7 @@ def save_checkpoint(
 
     def files():
         for group in groups:
-            tensors = {key: _whole(p, dtype, keep=writes) for key, p in group.items()}
+            tensors = {key: _gathered(p, dtype, keep=writes) for key, p in group.items()}
             for key in tensors if writes else ():
                 if (matrix := key.split(".")[-2]) in heads:
                     tensors[key] = interleaved_to_halves(tensors[key], heads[matrix]).contiguous()
@@ -1370,9 +1404,9 @@ def save_meta(model: Llama, path, shards: int = 1, tokenizer=None, dtype: torch.
         for i in range(shards):
             parts = {}
             for name, p in model.named_parameters():
-                whole = _whole(p, dtype, keep=writes)
+                tensor = _gathered(p, dtype, keep=writes)
                 if writes:  # a slice would be stored with all of its matrix
-                    parts[name] = whole if shards == 1 else whole[_part(name, p.shape, i, shards)].clone()
+                    parts[name] = tensor if shards == 1 else tensor[part_of_file(name, p.shape, i, shards)].clone()
             yield parts
 
     def write(files):
@@ -1432,17 +1466,22 @@ else:
 
 # %%
 #| export generation
+import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from numbers import Integral, Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from llama2lib.model import KVCache, Llama
+from llama2lib.model import KVCache, Llama, apply_rope, rms_norm
 
 
 def sample(
@@ -1452,20 +1491,20 @@ def sample(
 
     The log-probability is after temperature and before top-p; at temperature 0 (greedy), of the untempered logits.
     """
-    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
+    logprobs = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
+        tokens = logits.max(-1, keepdim=True).indices
     else:
+        probs, order = logprobs.exp(), None
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        probs, order = logprobs.to(wide).exp(), None
         if top_p < 1:
             probs, order = probs.sort(-1, descending=True)
-            probs = probs * (probs.cumsum(-1) - probs < top_p)
-        cumulative = probs.cumsum(-1)
+            probs = probs * (probs.cumsum(-1, dtype=wide) - probs < top_p)
+        cumulative = probs.cumsum(-1, dtype=wide)
         target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
         tokens = tokens if order is None else order.gather(-1, tokens)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1)
 
 
 # %% [markdown]
@@ -1479,10 +1518,7 @@ assert torch.bincount(sample(four, uniform, top_p=0.6)[0], minlength=4)[[0, 2]].
 assert torch.allclose(sample(four, uniform, temperature=0)[1].exp(), torch.tensor(0.4))
 
 # %% [markdown]
-# A batch of prompts of different length is padded on the right for the first pass. Under a causal mask no real token
-# sees the padding, so that pass needs no mask of its own; the padding's keys and values are overwritten as the rows
-# grow. Samples of one prompt share its pass and copy the cache. Rows that have ended leave the batch when half of it is
-# done.
+# What a request asks for is checked first, and every row gets random numbers of its own.
 
 
 # %%
@@ -1530,6 +1566,200 @@ def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> li
     return [np.random.default_rng(sequence) for sequence in sequences]
 
 
+# %% [markdown]
+# Prompts are read in one pass, padded on the right. Under a causal mask no real token sees the padding, so the pass
+# needs no mask of its own; the padding's keys and values are overwritten as the rows grow.
+#
+# From then on every row adds one token a step. At this size a step is made of many small operations, and calling
+# modules costs as much as their work. So a step is written once more, as one function of plain tensors. With one token
+# a row, the query heads that share a key/value head are the "sequence" that reads it: no mask among them, no copies.
+
+
+# %%
+#| export generation
+@torch.inference_mode()
+def prefill(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Float[Tensor, "B V"]]:
+    "The cache of some prompts, and the logits of the token that follows each."
+    device = model.tok_embeddings.weight.device
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    padded = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = torch.tensor(prompt)
+    cache = KVCache(model, *padded.shape)
+    states = model.hidden(padded.to(device), cache)
+    return cache, model.output(states[torch.arange(len(prompts), device=device), last]).float()
+
+
+def plain_weights(model: Llama, copy: bool) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor, Tensor]:
+    "Embedding, layers, last norm, output; matrices as (in, out), laid out anew with `copy`. ValueError if sharded."
+    if isinstance(model.tok_embeddings.weight, DTensor):
+        raise ValueError("the weights are divided among ranks; expected whole ones, from load_checkpoint on every rank")
+
+    def plain(weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        return weight if weight.ndim == 1 else weight.T.contiguous() if copy else weight.T
+
+    layers = []
+    for layer in model.layers:
+        a, f = layer.attention, layer.feed_forward
+        weights = a.wq, a.wk, a.wv, a.wo, f.w1, f.w3, f.w2, layer.attention_norm, layer.ffn_norm
+        layers.append(tuple(plain(part.weight) for part in weights))
+    return model.tok_embeddings.weight.detach(), layers, plain(model.norm.weight), plain(model.output.weight)
+
+
+def row_product(x: Float[Tensor, "1 I"], weight: Float[Tensor, "I O"]) -> Float[Tensor, "1 O"]:
+    "x @ weight for the compiler, which makes one kernel of these sums and what is around them."
+    return (weight.T * x).sum(-1)[None]
+
+
+def row_attention(
+    q: Float[Tensor, "1 K G H"], k: Float[Tensor, "1 K S H"], v: Float[Tensor, "1 K S H"], attn_mask: Tensor
+) -> Float[Tensor, "1 K G H"]:
+    "Attention of a single row, likewise."
+    scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -0.5
+    return ((scores + attn_mask).softmax(-1)[..., None] * v[:, :, None]).sum(-2)
+
+
+def next_logits(
+    weights: tuple,
+    cache: KVCache,
+    table: Float[Tensor, "T H//2 2"],
+    inputs: Int[Tensor, "2 B"],
+    used: int,
+    ragged: bool,
+    eps: float,
+) -> Float[Tensor, "B V"]:
+    """`Llama.forward` for one more token in every row: `inputs` are the tokens and their positions.
+
+    `weights`: of `plain_weights`; `cache`: of B rows or more, written at the positions, its `lengths` not read;
+    `table`: of `rope_table`. Attention reads `used` tokens; if the rows are `ragged`, each only its own. `eps`: of the
+    norms.
+    """
+    (embedding, layers, norm, output), (tokens, positions) = weights, inputs
+    rows, (_, kv_heads, _, width) = len(tokens), cache.keys[0].shape
+    compiled = torch.compiler.is_compiling()
+    times, attention = torch.mm, F.scaled_dot_product_attention
+    if compiled and rows == 1:
+        times, attention = row_product, row_attention
+    rope, places, mask = table[positions][:, None], cache.places(positions[:, None]), None
+    if not compiled:
+        rope = torch.view_as_complex(rope)
+    if ragged:
+        reach = torch.arange(used, device=tokens.device)
+        mask = torch.where(reach <= positions[:, None], 0.0, -torch.inf).to(embedding.dtype)[:, None, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        if compiled:
+            return apply_rope(x.view(rows, 1, -1, width), rope)
+        pairs = torch.view_as_complex(x.float().view(rows, -1, width // 2, 2))
+        return torch.view_as_real(pairs * rope).type_as(x)
+
+    x = F.embedding(tokens, embedding)
+    for (wq, wk, wv, wo, w1, w3, w2, attention_norm, ffn_norm), k, v in zip(
+        layers, cache.keys, cache.values, strict=True
+    ):
+        h = rms_norm(x, attention_norm, eps)
+        q = rotated(times(h, wq)).view(rows, kv_heads, -1, width)
+        k.view(-1, width).index_copy_(0, places, rotated(times(h, wk)).view(-1, width))
+        v.view(-1, width).index_copy_(0, places, times(h, wv).view(-1, width))
+        out = attention(q, k[:rows, :, :used], v[:rows, :, :used], attn_mask=mask)
+        x = x + times(out.reshape(rows, -1), wo)
+        h = rms_norm(x, ffn_norm, eps)
+        x = x + times(F.silu(times(h, w1)) * times(h, w3), w2)
+    return times(rms_norm(x, norm, eps), output).float()
+
+
+COMPILED: dict[tuple, Callable] = {}  # by model shape, rows, tokens, dtype and device
+
+
+def compiled_logits(weights: tuple, cache: KVCache, *others) -> Callable[..., Tensor]:
+    "`next_logits`, compiled for these arguments; for others of the same shapes it is there already."
+    shape = tuple(weights[0].shape), len(weights[1]), weights[1][0][4].shape, tuple(cache.keys[0].shape), others[-1]
+    key = *shape, weights[0].dtype, str(weights[0].device)
+    if key not in COMPILED:
+        options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+        function = torch.compile(next_logits, fullgraph=True, dynamic=False, options=options)
+        COMPILED[key] = function.aot_compile(((weights, cache, *others), {}))
+        COMPILED[key].disable_guard_check()
+    return COMPILED[key]
+
+
+# %% [markdown]
+# The rows of a batch end at different times. When one does, the last row moves into its place, so that no step works
+# for rows that are done; and when an eighth of the batch is free, waiting rows come in ('continuous batching', Yu et
+# al. 2022). Samples of one prompt share its pass and copy its cache.
+
+
+# %%
+#| export generation
+def check_request(
+    model: Llama, max_new_tokens: int, temperature: float, top_p: float, eos_id: int | None, counts: dict[str, int]
+):
+    "ValueError for settings of `generate` that are out of range; `counts`: those that have to be 1 or more."
+    for name, value in {"max_new_tokens": max_new_tokens, **counts}.items():
+        least = 0 if name == "max_new_tokens" else 1
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
+    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < model.config.vocab_size):
+        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {model.config.vocab_size - 1}")
+    real = isinstance(temperature, Real) and isinstance(top_p, Real)
+    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
+        )
+
+
+class Slots:
+    """The rows that grow together, in the first `count` places, with their keys and values in `cache`.
+
+    On the device: `inputs` (3 B), the last token, the tokens in the cache, and the random numbers that were used;
+    `uniform` (B draws), those numbers. On the host: `fixed` (4 B), the row's place in the result, the tokens of its
+    prompt, the most it may have, and its length less `clock`, which counts the steps.
+    """
+
+    def __init__(self, model: Llama, size: int, limit: int, draws: int):
+        device = model.tok_embeddings.weight.device
+        self.cache, self.count, self.clock = KVCache(model, size, limit), 0, 0
+        self.inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.uniform = torch.zeros(size, draws, dtype=wide, device=device)
+        self.fixed = np.zeros((4, size), np.int64)
+
+    def add(self, rows: list[int], uniform: np.ndarray, prompt: int, limit: int, read: KVCache, place: int):
+        "Samples of one prompt, which is in row `place` of the cache `read`."
+        new = slice(self.count, self.count + len(rows))
+        self.inputs[1, new], self.inputs[2, new] = prompt, 0
+        self.uniform[new] = torch.from_numpy(uniform).to(self.uniform)
+        self.fixed[:, new] = rows, [prompt] * len(rows), [limit] * len(rows), [prompt - self.clock] * len(rows)
+        self.cache.copy_rows(list(range(new.start, new.stop)), read, [place] * len(rows), prompt)
+        self.count = new.stop
+        self.look()
+
+    def grow(self):
+        "Count one more token in every row."
+        self.inputs[1:, : self.count].add_(1)
+        self.clock += 1
+
+    def remove(self, ended: np.ndarray):
+        "Drop rows (a mask); rows from the end move into their places."
+        left = np.flatnonzero(~ended)
+        self.count = len(left)
+        holes, last = np.flatnonzero(ended[: self.count]).tolist(), left[left >= self.count].tolist()
+        if holes:
+            self.cache.copy_rows(holes, self.cache, last, self.longest + self.clock)
+            for numbers in (self.inputs, self.fixed):
+                numbers[:, holes] = numbers[:, last]
+            self.uniform[holes] = self.uniform[last]
+        self.look()
+
+    def look(self):
+        "What stays as it is until rows come or go: the longest row, whether rows differ, when the first is full."
+        if self.count:
+            _, _, limit, length = self.fixed[:, : self.count]
+            self.longest, self.ragged = int(length.max()), bool(length.max() > length.min())
+            self.full = int((limit - length).min()) - 1
+
+
 @torch.inference_mode()
 def decode(
     model: Llama,
@@ -1540,56 +1770,62 @@ def decode(
     seed: int | Sequence[int],
     eos_id: int | None,
     num_samples: int,
+    batch: int,
+    compile: bool,
 ) -> Iterator[list[tuple[int, int, float]]]:
-    "Yield, step by step, (row, token, log-probability) of every row that is still open. Arguments as in `generate`."
+    "Yield (row, token, log-probability) of some rows at a time, in the order of their tokens. Arguments: `generate`."
     prompts, context = check_prompts(model, prompts), model.config.max_seq_len
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_samples", num_samples, 1)):
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
-    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < model.config.vocab_size):
-        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {model.config.vocab_size - 1}")
-    real = isinstance(temperature, Real) and isinstance(top_p, Real)
-    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
-        )
+    check_request(model, max_new_tokens, temperature, top_p, eos_id, {"num_samples": num_samples, "batch": batch})
     streams = row_streams(seed, len(prompts), num_samples)
     if not prompts or max_new_tokens < 1:
         return
-    device = model.tok_embeddings.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest, steps = int(lengths.max()), min(max_new_tokens, context - int(lengths.min()))
-    uniform = torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
-    uniform = uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
-
-    padded = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
-    cache = KVCache(model, len(prompts), min(longest + steps, context))
-    states = model.hidden(padded, cache)
-    cache.set_lengths(lengths)
-    logits = model.output(states[torch.arange(len(prompts), device=device), lengths - 1]).float()
-    cache.repeat(num_samples)
-    logits = logits.repeat_interleave(num_samples, 0)
-
-    rows = torch.arange(len(streams), device=device)  # which row of the result each row of the batch is
-    is_open = torch.ones_like(rows, dtype=torch.bool)
-    for step in range(steps):
-        tokens, logprobs = sample(logits, uniform[rows, step], temperature, top_p)
-        if not logprobs.isfinite().all():
-            raise FloatingPointError(
-                f"token {step} of row {int(rows[~logprobs.isfinite()][0])}: the logits are not finite"
-            )
-        yield list(zip(*(t[is_open].tolist() for t in (rows, tokens, logprobs)), strict=True))
-        full = cache.lengths + 1 >= context
-        is_open &= ~full if eos_id is None else ~full & (tokens != eos_id)
-        count = int(is_open.sum())
-        if count == 0 or step + 1 == steps:
-            return
-        if 2 * count <= len(rows) or full.any():
-            cache.select(is_open)
-            rows, tokens, is_open = rows[is_open], tokens[is_open], is_open[is_open]
-        logits = model.output(model.hidden(tokens[:, None], cache)[:, -1]).float()
+    device, batch = model.tok_embeddings.weight.device, min(batch, len(streams))
+    limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
+    draws, room = max(limit - len(prompt) for limit, prompt in zip(limits, prompts, strict=True)), max(limits)
+    if compile:
+        room = min(context, 2 ** (room - 1).bit_length())  # so that few shapes are compiled
+    slots, weights = Slots(model, batch, room, draws), plain_weights(model, device.type == "cpu" and batch >= 16)
+    waiting, read = 0, {}  # the next row to come in; prompts whose samples are coming in: their cache, row and logits
+    while slots.count or waiting < len(streams):
+        first, free = slots.count, batch - slots.count
+        if waiting < len(streams) and 8 * free >= batch:
+            rows = range(waiting, min(waiting + free, len(streams)))
+            waiting = rows.stop
+            if new := sorted({row // num_samples for row in rows} - read.keys()):
+                source, found = prefill(model, [prompts[i] for i in new])
+                read |= {i: (source, place, found[place]) for place, i in enumerate(new)}
+            for i, samples in groupby(rows, lambda row: row // num_samples):
+                samples = list(samples)
+                uniform = np.stack([streams[row].random(draws) for row in samples])
+                slots.add(samples, uniform, len(prompts[i]), limits[i], *read[i][:2])
+            logits = torch.stack([read[row // num_samples][2] for row in rows])
+            read = {i: kept for i, kept in read.items() if (i + 1) * num_samples > waiting}
+        elif compile:
+            arguments = weights, slots.cache, model.rope, slots.inputs[:2], room, True, model.config.norm_eps
+            first, logits = 0, compiled_logits(*arguments)(*arguments)[: slots.count]
+            slots.grow()
+        else:
+            inputs, used = slots.inputs[:2, : slots.count], slots.longest + slots.clock + 1
+            logits = next_logits(weights, slots.cache, model.rope, inputs, used, slots.ragged, model.config.norm_eps)
+            first = 0
+            slots.grow()
+        fresh, uniform = slice(first, slots.count), None
+        if temperature > 0:
+            uniform = slots.uniform[fresh].gather(1, slots.inputs[2, fresh, None])[:, 0]
+        drawn, logprobs = sample(logits, uniform, temperature, top_p)
+        slots.inputs[0, fresh] = drawn
+        tokens, logprobs, rows = drawn.tolist(), logprobs.tolist(), slots.fixed[0, fresh].tolist()
+        if not all(map(math.isfinite, logprobs)):
+            bad = next(i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob))
+            step = slots.inputs[2, first + bad].item()
+            raise FloatingPointError(f"token {step} of row {rows[bad]}: the logits are not finite")
+        yield list(zip(rows, tokens, logprobs, strict=True))
+        if slots.clock >= slots.full or eos_id in tokens:
+            _, _, limit, length = slots.fixed[:, : slots.count]
+            ended = length + slots.clock + 1 >= limit
+            ended[:first] = False
+            ended[first:] |= [token == eos_id for token in tokens]
+            slots.remove(ended)
 
 
 # %% [markdown]
@@ -1607,23 +1843,29 @@ def generate(
     seed: int | Sequence[int] = 0,
     eos_id: int | None = None,
     num_samples: int = 1,
+    batch: int = 64,
+    compile: bool = False,
 ) -> list[Completion]:
     """Continue every prompt (a list of token ids) `num_samples` times; a flat list, prompt by prompt.
 
     A completion ends with `eos_id`, after `max_new_tokens`, or when the context is full. `logprobs` are of the sampled
     distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
     on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
+    `batch`: rows that are decoded together at most; others wait. `compile`: torch.compile the step, anew for every
+    shape of weights and cache, which takes a minute and pays off for long runs of few rows.
     Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range;
     TypeError for prompts that are not lists of ids; FloatingPointError when the logits are not finite.
     """
-    results: dict[int, Completion] = {}
-    for step in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples):
+    results: defaultdict[int, Completion] = defaultdict(lambda: Completion([], [], False))
+    for step in decode(
+        model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples, batch, compile
+    ):
         for row, token, logprob in step:
-            completion = results.setdefault(row, Completion([], [], False))
+            completion = results[row]
             completion.tokens.append(token)
             completion.logprobs.append(logprob)
             completion.finished = token == eos_id
-    return [results.get(row, Completion([], [], False)) for row in range(len(prompts) * num_samples)]
+    return [results[row] for row in range(len(prompts) * num_samples)]
 
 
 def stream(
@@ -1634,9 +1876,10 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
+    compile: bool = False,
 ) -> Iterator[int]:
     "Yield the tokens that continue one prompt as they are drawn: the same tokens, and errors, as `generate` gives."
-    for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, num_samples=1):
+    for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, 1, 1, compile):
         yield step[0][1]
 
 
@@ -1854,12 +2097,7 @@ assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_si
 # > Ours: this section and the next train models, with the loop, the text and the held-out rows that chapter 02 builds.
 
 # %%
-#| export ablations
-from dataclasses import replace
-
-from llama2lib.model import LLAMA2, Llama, ModelConfig, swiglu_width
-
-
+#| export
 def compensated(config: ModelConfig, n_kv_heads: int) -> ModelConfig:
     """`config` with fewer key/value heads and a SwiGLU layer wider by as many parameters, to the nearest unit (A.2.1).
 
@@ -1878,7 +2116,10 @@ def compensated(config: ModelConfig, n_kv_heads: int) -> ModelConfig:
 
 # %%
 #| export ablations
+from dataclasses import replace
+
 from llama2lib import pretrain
+from llama2lib.model import LLAMA2, Llama, ModelConfig, swiglu_width
 from llama2lib.pretrain import PRETRAIN
 
 SHAPES = {
@@ -1893,12 +2134,12 @@ def cli():
     "python -m llama2lib.ablations 30B-GQA [options]: `llama2lib.pretrain` with the shapes of Table 18; torchrun too."
     LLAMA2.update(SHAPES)
     PRETRAIN.update(RECIPES)
-    pretrain.cli()
+    pretrain.cli("python -m llama2lib.ablations")
 
 
 # %% tags=["nbval-check-output"]
-from llama2lib.ablations import RECIPES, SHAPES, compensated
-from llama2lib.model import LLAMA2, Llama, ModelConfig
+from llama2lib.ablations import RECIPES, SHAPES
+from llama2lib.model import LLAMA2, Llama, ModelConfig, compensated
 
 mha = SHAPES["30B-MHA"]
 factors = {}
@@ -2506,9 +2747,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from llama2lib.ablations import compensated
 from llama2lib.generation import generate
-from llama2lib.model import Llama, ModelConfig
+from llama2lib.model import Llama, ModelConfig, compensated
 from llama2lib.roofline import A100, Hardware, collective_seconds, compute_seconds
 
 NEW_TOKENS = 128  # of every answer in Figure 24

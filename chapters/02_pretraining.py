@@ -1437,10 +1437,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint
+from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint, whole
 from llama2lib.distributed import (
     Parallel,
     StateFolder,
@@ -1643,11 +1642,6 @@ def train_step(
     return loss, norm
 
 
-def whole(tensor: Tensor) -> Tensor:
-    "A tensor, or all of one that is divided among ranks."
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 # %% [markdown]
 # ## The loop
 #
@@ -1685,7 +1679,9 @@ def pretrain(
     device = model.tok_embeddings.weight.device
     packed = Packed(data, config.max_seq_len, config.seed if seed is None else seed)
     optimizer = optimizer or adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
-    rank, ranks, _ = data_ranks(model)
+    rank, ranks, group = data_ranks(model)
+    whole_loss = config.parallel.compile and group is None
+    loss_of = torch.compile(next_token_loss, dynamic=False) if whole_loss else next_token_loss
     rows, targets = config.batch_rows, config.batch_rows * config.max_seq_len
     low, high = (rows * r // ranks for r in (rank, rank + 1))
     passes = math.ceil(math.ceil(rows / ranks) / config.micro_batch)
@@ -1693,12 +1689,14 @@ def pretrain(
     optimizer.zero_grad(set_to_none=True)
     for step in range(start, config.steps):
         lr = cosine_lr(step, config.lr, config.warmup_steps, config.steps, config.final_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
         batch = packed.rows(step * rows + low, high - low).to(device)
         try:
             parts = list(micro_batches(batch, passes))
-            loss, norm = train_step(model, optimizer, parts, targets, config.grad_clip, config.parallel.reduce)
+            loss, norm = train_step(
+                model, optimizer, parts, targets, config.grad_clip, config.parallel.reduce, loss_of
+            )
         except FloatingPointError as error:
             where = f"rows {step * rows} to {(step + 1) * rows - 1} of the data"
             raise FloatingPointError(f"step {step}: {error}; {where}") from None
@@ -1742,7 +1740,7 @@ assert abs(losses[0] - math.log(512)) < 0.3 and losses[-1] < losses[0] / 2
 # > | matrices | tensor parallelism: `tp` neighbours divide each, by heads and by width | memory of a block |
 # > | activations | computed again in the backward pass: none, all but products, or all | memory |
 # > | numbers | bfloat16 in the passes, float32 for weights, gradients' sums and averages | speed without loss |
-# > | kernels | `torch.compile`, a block at a time | speed |
+# > | kernels | `torch.compile`, a block at a time; the whole loss where nothing is divided | speed |
 
 # %%
 #| export distributed
@@ -1818,7 +1816,7 @@ class Parallel:
 
     tp: int = 1  # tensor parallelism: ranks that divide every matrix among them; at most the GPUs of one node
     ac: Literal["none", "selective", "full"] = "none"  # activations recomputed: none, all but matrix products, all
-    compile: bool = False  # torch.compile every block
+    compile: bool = False  # torch.compile every block of a divided model, the loss of one that is whole
     reduce: Literal["step", "micro_batch"] = "step"  # sum gradients over ranks once (fast), or each time (less memory)
 
 
@@ -1922,15 +1920,14 @@ def parallelize(model: Llama, mesh: DeviceMesh | None, parallel: Parallel, dtype
     """Divide a model, on any device or none ('meta'), over a mesh from `make_mesh`; in place.
 
     `dtype` of the passes, such as bfloat16; weights, the gradients' sums and the optimizer keep the model's. None: the
-    model's throughout. Without a mesh only recomputation and compilation are applied.
+    model's throughout. Without a mesh only recomputation is applied, and `pretrain` compiles the loss as a whole.
     """
     if mesh is not None and parallel.tp > 1:
         tensor_parallel(model, mesh["tp"])
     recompute(model, parallel.ac)
-    if parallel.compile:
-        for layer in model.layers:
-            layer.compile()
     if mesh is not None:
+        for layer in model.layers if parallel.compile else ():
+            layer.compile()
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False
         )
@@ -2373,10 +2370,10 @@ def run(config: PretrainConfig) -> Path:
 
 
 @record
-def cli():
+def cli(prog: str = "python -m llama2lib.pretrain"):
     "python -m llama2lib.pretrain RECIPE [options]: train a base model (section 2.2); under torchrun, on all its ranks."
     recipes = {name: (f"{config.tokens:,} tokens, peak lr {config.lr:g}", config) for name, config in PRETRAIN.items()}
-    config = tyro.extras.overridable_config_cli(recipes, config=(tyro.conf.OmitArgPrefixes,))
+    config = tyro.extras.overridable_config_cli(recipes, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     try:
         run(config)
     except (ValueError, OSError, FloatingPointError) as error:

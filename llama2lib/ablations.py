@@ -1,7 +1,6 @@
 """Generated from chapters/01_architecture.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
-    "compensated",
     "SHAPES",
     "RECIPES",
     "cli",
@@ -19,18 +18,8 @@ __all__ = [
 
 from dataclasses import replace
 
-from llama2lib.model import LLAMA2, Llama, ModelConfig, swiglu_width
-
-
-def compensated(config: ModelConfig, n_kv_heads: int) -> ModelConfig:
-    """`config` with fewer key/value heads and a SwiGLU layer wider by as many parameters, to the nearest unit (A.2.1).
-
-    ValueError when the query heads are not a multiple of `n_kv_heads`.
-    """
-    saved = 2 * config.dim * config.head_dim * (config.n_kv_heads - n_kv_heads)
-    return replace(config, n_kv_heads=n_kv_heads, hidden_dim=config.hidden_dim + round(saved / (3 * config.dim)))
-
 from llama2lib import pretrain
+from llama2lib.model import LLAMA2, Llama, ModelConfig, swiglu_width
 from llama2lib.pretrain import PRETRAIN
 
 SHAPES = {
@@ -45,7 +34,7 @@ def cli():
     "python -m llama2lib.ablations 30B-GQA [options]: `llama2lib.pretrain` with the shapes of Table 18; torchrun too."
     LLAMA2.update(SHAPES)
     PRETRAIN.update(RECIPES)
-    pretrain.cli()
+    pretrain.cli("python -m llama2lib.ablations")
 
 
 # ---------- chapters/01_architecture.py · Facts and questions

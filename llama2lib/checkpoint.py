@@ -1,25 +1,17 @@
 """Generated from chapters/01_architecture.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
-    "interleaved_to_halves",
-    "halves_to_interleaved",
-    "NAMES",
-    "layout",
-    "config_from_hf",
-    "config_to_hf",
-    "width_rule",
-    "config_from_meta",
-    "config_to_meta",
     "read_tensors",
     "local_block",
     "copy_weights",
     "load_checkpoint",
+    "whole",
     "save_checkpoint",
     "save_meta",
 ]
 
 
-# ---------- chapters/01_architecture.py · Checkpoints
+# ---------- chapters/01_architecture.py · Opening files
 
 import json
 import os
@@ -31,163 +23,25 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llama2lib.model import Llama, ModelConfig, swiglu_width
+from llama2lib.formats import (
+    config_from_hf,
+    config_from_meta,
+    config_to_hf,
+    config_to_meta,
+    halves_to_interleaved,
+    interleaved_to_halves,
+    layout,
+    part_of_file,
+    without_memory,
+)
+from llama2lib.model import Llama, ModelConfig
 
-
-# ---------- chapters/01_architecture.py · The order of the rotary pairs
-
-def interleaved_to_halves(weight: Float[Tensor, "N*H D"], n_heads: int) -> Float[Tensor, "N*H D"]:
-    "Reorder the rows of wq (n_heads) or wk (n_kv_heads) from Meta's pairs to Hugging Face's."
-    return rearrange(weight, "(n pair two) d -> (n two pair) d", n=n_heads, two=2)
-
-
-def halves_to_interleaved(weight: Float[Tensor, "N*H D"], n_heads: int) -> Float[Tensor, "N*H D"]:
-    "Reorder the rows of q_proj (n_heads) or k_proj (n_kv_heads) from Hugging Face's pairs to Meta's."
-    return rearrange(weight, "(n two pair) d -> (n pair two) d", n=n_heads, two=2)
-
-
-# ---------- chapters/01_architecture.py · Names
-
-NAMES = {  # Meta: (Hugging Face, dimension that several files divide; None: every file holds a copy)
-    "tok_embeddings.weight": ("model.embed_tokens.weight", 1),
-    "layers.*.attention.wq.weight": ("model.layers.*.self_attn.q_proj.weight", 0),
-    "layers.*.attention.wk.weight": ("model.layers.*.self_attn.k_proj.weight", 0),
-    "layers.*.attention.wv.weight": ("model.layers.*.self_attn.v_proj.weight", 0),
-    "layers.*.attention.wo.weight": ("model.layers.*.self_attn.o_proj.weight", 1),
-    "layers.*.feed_forward.w1.weight": ("model.layers.*.mlp.gate_proj.weight", 0),
-    "layers.*.feed_forward.w2.weight": ("model.layers.*.mlp.down_proj.weight", 1),
-    "layers.*.feed_forward.w3.weight": ("model.layers.*.mlp.up_proj.weight", 0),
-    "layers.*.attention_norm.weight": ("model.layers.*.input_layernorm.weight", None),
-    "layers.*.ffn_norm.weight": ("model.layers.*.post_attention_layernorm.weight", None),
-    "norm.weight": ("model.norm.weight", None),
-    "output.weight": ("lm_head.weight", 0),
-}
-
-
-def layout(name: str) -> tuple[str, int | None]:
-    "Hugging Face's name of a parameter of Llama, and the dimension that Meta's files divide."
-    layer = re.match(r"layers\.(\d+)\.", name)
-    row = NAMES.get(f"layers.*.{name[layer.end() :]}" if layer else name)
-    if row is None:
-        raise ValueError(f"{name} is not a parameter of Llama")
-    return row[0].replace("*", layer[1] if layer else ""), row[1]
-
-
-def _part(name: str, shape: torch.Size, file: int, files: int) -> tuple[slice, ...]:
-    "The part of a parameter that one of Meta's files holds."
-    index, dim = [slice(None)] * len(shape), layout(name)[1]
-    if dim is not None:
-        size = shape[dim] // files
-        index[dim] = slice(file * size, (file + 1) * size)
-    return tuple(index)
-
-
-def _meta_model(config: ModelConfig) -> Llama:
-    "The model without memory: names and shapes."
-    with torch.device("meta"):
-        return Llama(config)
-
-
-# ---------- chapters/01_architecture.py · The shape of the model
-
-_HF_FIELDS = {
-    "dim": "hidden_size",
-    "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads",
-    "hidden_dim": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "max_seq_len": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-}
-_HF_CONSTANTS = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-
-
-def _number(fields: dict, name: str, kind: type, default=None):
-    "A number of a JSON file; the default, if there is one, where it is absent or null."
-    value = default if fields.get(name) is None else fields[name]
-    if value is None:
-        raise ValueError(f"the field '{name}' is missing")
-    if isinstance(value, bool) or not isinstance(value, int | kind):
-        raise ValueError(f"{name} = {value!r}, expected {'an integer' if kind is int else 'a number'}")
-    return value
-
-
-def _model_config(fields: dict, names: dict[str, str]) -> ModelConfig:
-    "ModelConfig from JSON; `names`: ours → the file's. Absent: as many key/value heads as heads, and θ = 10,000."
-    defaults = {"n_kv_heads": fields.get(names["n_heads"]), "rope_theta": 10_000.0}
-    kinds = {name: type(value) for name, value in vars(ModelConfig()).items()}
-    return ModelConfig(**{our: _number(fields, name, kinds[our], defaults.get(our)) for our, name in names.items()})
-
-
-def config_from_hf(fields: dict) -> ModelConfig:
-    "The shape in a Hugging Face config.json. ValueError, naming the field, for what Llama 2 does not have."
-    for name, only in (_HF_CONSTANTS | {"quantization_config": None}).items():
-        value = fields.get(name)
-        if value != only and (value is not None or name == "model_type"):
-            raise ValueError(f"{name} = {value!r} is not Llama 2's; expected {only!r}")
-    for name in ("rope_scaling", "rope_parameters"):  # transformers 4, 5
-        if not isinstance(fields.get(name), dict | None):
-            raise ValueError(f"{name} = {fields[name]!r}, expected an object")
-        rope = dict(fields.get(name) or {})
-        fields = fields | {"rope_theta": rope.pop("rope_theta", fields.get("rope_theta"))}
-        if any(value not in ("default", None, 1.0) for value in rope.values()):
-            raise ValueError(f"{name} = {fields[name]!r} changes the rotation; expected type 'default'")
-    config = _model_config(fields, _HF_FIELDS)
-    if fields.get("head_dim") not in (None, config.head_dim):
-        raise ValueError(f"head_dim = {fields['head_dim']!r}, expected {config.head_dim} (hidden_size / heads)")
-    return config
-
-
-def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int = 1, eos_id: int = 2) -> dict:
-    "The fields of a config.json; the rotation's base twice, since transformers 4 and 5 look in different places."
-    fields = {"architectures": ["LlamaForCausalLM"], "torch_dtype": str(dtype).removeprefix("torch.")} | _HF_CONSTANTS
-    fields |= {name: getattr(config, our) for our, name in _HF_FIELDS.items()} | {"head_dim": config.head_dim}
-    fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
-    return fields | {"tie_word_embeddings": False, "bos_token_id": bos_id, "eos_token_id": eos_id}
-
-def width_rule(dim: int, hidden_dim: int) -> tuple[int, float | None]:
-    "(multiple_of, ffn_dim_multiplier) from which `swiglu_width` computes `hidden_dim`; the released ones if they do."
-    for multiple_of, multiplier in ((256, None), (4096, 1.3)):
-        if swiglu_width(dim, multiple_of, multiplier or 1.0) == hidden_dim:
-            return multiple_of, multiplier
-    return 1, (hidden_dim + 0.5) / int(2 * 4 * dim / 3)  # the half keeps clear of the rounding to an integer
-
-
-def config_from_meta(params: dict, vocab_size: int) -> ModelConfig:
-    "The shape in Meta's params.json; `vocab_size`: rows of the embedding, for files that say -1."
-    known = {*vars(ModelConfig()), "multiple_of", "ffn_dim_multiplier", "max_batch_size"} - {"hidden_dim"}
-    if strange := [name for name in params if name not in known and params[name]]:
-        raise ValueError(f"{strange[0]} = {params[strange[0]]!r} is not Llama 2's; expected {', '.join(sorted(known))}")
-    dim, multiple_of = _number(params, "dim", int), _number(params, "multiple_of", int, 256)
-    if multiple_of < 1:
-        raise ValueError(f"multiple_of = {multiple_of}, expected at least 1")
-    fields = {"max_seq_len": 4096, "norm_eps": 1e-5} | {name: v for name, v in params.items() if v is not None}
-    fields["hidden_dim"] = swiglu_width(dim, multiple_of, _number(params, "ffn_dim_multiplier", float, 1.0))
-    if params.get("vocab_size") in (None, -1):
-        fields["vocab_size"] = vocab_size
-    return _model_config(fields, {name: name for name in vars(ModelConfig())})
-
-
-def config_to_meta(config: ModelConfig) -> dict:
-    "The fields of a params.json, without the context length: Meta's programs take it as an argument."
-    multiple_of, multiplier = width_rule(config.dim, config.hidden_dim)
-    fields = vars(config) | {"multiple_of": multiple_of, "ffn_dim_multiplier": multiplier}
-    fields |= {"hidden_dim": None, "max_seq_len": None}
-    fields |= {"rope_theta": None if config.rope_theta == 10_000 else config.rope_theta}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-# ---------- chapters/01_architecture.py · Opening files
 
 @contextmanager
 def _naming(file: Path):
@@ -260,7 +114,7 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index}: expected a weight_map from tensors to files")
         files = [folder / name for name in sorted(set(places.values()))]
-    parameters = dict(_meta_model(config).named_parameters())
+    parameters = dict(without_memory(config).named_parameters())
     targets = {layout(name)[0]: [name] for name in parameters}
 
     def tensors():
@@ -305,16 +159,16 @@ def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]
         rule = {name: params.get(name) for name in ("dim", "multiple_of", "ffn_dim_multiplier")}
         stored = f"{w1} has {len(first[w1]) * count}"
         raise ValueError(f"{folder / 'params.json'}: {rule} give a width of {config.hidden_dim}, but {stored}")
-    model = dict(_meta_model(config).named_parameters())
+    model = dict(without_memory(config).named_parameters())
     for i, file in enumerate(files):
-        _check(file, _open_pth(file), {name: p[_part(name, p.shape, i, count)] for name, p in model.items()})
+        _check(file, _open_pth(file), {name: p[part_of_file(name, p.shape, i, count)] for name, p in model.items()})
 
     def pieces():
         for i, file in enumerate(files):
             tensors = _open_pth(file)
             for name, p in model.items():
                 if i == 0 or layout(name)[1] is not None:  # the norms are the same in every file
-                    yield name, _part(name, p.shape, i, count), tensors[name]
+                    yield name, part_of_file(name, p.shape, i, count), tensors[name]
             del tensors  # unmaps this file before the next one is read
 
     return config, first[embedding].dtype, pieces()
@@ -390,7 +244,7 @@ def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llam
     """
     config, stored, pieces = read_tensors(path)
     model = (
-        _meta_model(config)
+        without_memory(config)
         .to(dtype or stored)
         .to_empty(device=torch.get_default_device() if device is None else device)
     )
@@ -436,10 +290,14 @@ def _write_json(file: Path, fields: dict):
     file.write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
 
 
-def _whole(parameter: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
-    "A parameter on the CPU; of a sharded one all ranks gather the parts, and those that do not `keep` it drop it."
-    tensor = parameter.detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole(tensor: Tensor) -> Tensor:
+    "A tensor, or all of one that is divided among ranks, which then all have to ask for it."
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(parameter: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
+    "A whole parameter on the CPU; ranks that do not `keep` it drop it."
+    tensor = whole(parameter.detach())
     return tensor.to("cpu", dtype).contiguous() if keep else None
 
 
@@ -479,7 +337,6 @@ def _write_once(model: Llama, files: Iterator, write):
     if sharded:
         for _ in files:
             pass
-    if sharded:
         message = [error and f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(message, src=0)
         if message[0] and error is None:
@@ -550,7 +407,7 @@ def save_checkpoint(
 
     def files():
         for group in groups:
-            tensors = {key: _whole(p, dtype, keep=writes) for key, p in group.items()}
+            tensors = {key: _gathered(p, dtype, keep=writes) for key, p in group.items()}
             for key in tensors if writes else ():
                 if (matrix := key.split(".")[-2]) in heads:
                     tensors[key] = interleaved_to_halves(tensors[key], heads[matrix]).contiguous()
@@ -594,9 +451,9 @@ def save_meta(model: Llama, path, shards: int = 1, tokenizer=None, dtype: torch.
         for i in range(shards):
             parts = {}
             for name, p in model.named_parameters():
-                whole = _whole(p, dtype, keep=writes)
+                tensor = _gathered(p, dtype, keep=writes)
                 if writes:  # a slice would be stored with all of its matrix
-                    parts[name] = whole if shards == 1 else whole[_part(name, p.shape, i, shards)].clone()
+                    parts[name] = tensor if shards == 1 else tensor[part_of_file(name, p.shape, i, shards)].clone()
             yield parts
 
     def write(files):

@@ -90,7 +90,7 @@ class Parallel:
 
     tp: int = 1  # tensor parallelism: ranks that divide every matrix among them; at most the GPUs of one node
     ac: Literal["none", "selective", "full"] = "none"  # activations recomputed: none, all but matrix products, all
-    compile: bool = False  # torch.compile every block
+    compile: bool = False  # torch.compile every block of a divided model, the loss of one that is whole
     reduce: Literal["step", "micro_batch"] = "step"  # sum gradients over ranks once (fast), or each time (less memory)
 
 
@@ -171,15 +171,14 @@ def parallelize(model: Llama, mesh: DeviceMesh | None, parallel: Parallel, dtype
     """Divide a model, on any device or none ('meta'), over a mesh from `make_mesh`; in place.
 
     `dtype` of the passes, such as bfloat16; weights, the gradients' sums and the optimizer keep the model's. None: the
-    model's throughout. Without a mesh only recomputation and compilation are applied.
+    model's throughout. Without a mesh only recomputation is applied, and `pretrain` compiles the loss as a whole.
     """
     if mesh is not None and parallel.tp > 1:
         tensor_parallel(model, mesh["tp"])
     recompute(model, parallel.ac)
-    if parallel.compile:
-        for layer in model.layers:
-            layer.compile()
     if mesh is not None:
+        for layer in model.layers if parallel.compile else ():
+            layer.compile()
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False
         )

@@ -5,6 +5,15 @@ __all__ = [
     "Completion",
     "check_prompts",
     "row_streams",
+    "prefill",
+    "plain_weights",
+    "row_product",
+    "row_attention",
+    "next_logits",
+    "COMPILED",
+    "compiled_logits",
+    "check_request",
+    "Slots",
     "decode",
     "generate",
     "stream",
@@ -13,17 +22,22 @@ __all__ = [
 
 # ---------- chapters/01_architecture.py · Generation
 
+import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from numbers import Integral, Real
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from llama2lib.model import KVCache, Llama
+from llama2lib.model import KVCache, Llama, apply_rope, rms_norm
 
 
 def sample(
@@ -33,20 +47,20 @@ def sample(
 
     The log-probability is after temperature and before top-p; at temperature 0 (greedy), of the untempered logits.
     """
-    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
+    logprobs = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
+        tokens = logits.max(-1, keepdim=True).indices
     else:
+        probs, order = logprobs.exp(), None
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        probs, order = logprobs.to(wide).exp(), None
         if top_p < 1:
             probs, order = probs.sort(-1, descending=True)
-            probs = probs * (probs.cumsum(-1) - probs < top_p)
-        cumulative = probs.cumsum(-1)
+            probs = probs * (probs.cumsum(-1, dtype=wide) - probs < top_p)
+        cumulative = probs.cumsum(-1, dtype=wide)
         target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
         tokens = tokens if order is None else order.gather(-1, tokens)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    return tokens.squeeze(-1), logprobs.gather(-1, tokens).squeeze(-1)
 
 @dataclass
 class Completion:
@@ -90,6 +104,179 @@ def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> li
     sequences = [np.random.SeedSequence(key, spawn_key=(i, n)) for key, i in keys for n in range(num_samples)]
     return [np.random.default_rng(sequence) for sequence in sequences]
 
+@torch.inference_mode()
+def prefill(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Float[Tensor, "B V"]]:
+    "The cache of some prompts, and the logits of the token that follows each."
+    device = model.tok_embeddings.weight.device
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+    padded = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = torch.tensor(prompt)
+    cache = KVCache(model, *padded.shape)
+    states = model.hidden(padded.to(device), cache)
+    return cache, model.output(states[torch.arange(len(prompts), device=device), last]).float()
+
+
+def plain_weights(model: Llama, copy: bool) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor, Tensor]:
+    "Embedding, layers, last norm, output; matrices as (in, out), laid out anew with `copy`. ValueError if sharded."
+    if isinstance(model.tok_embeddings.weight, DTensor):
+        raise ValueError("the weights are divided among ranks; expected whole ones, from load_checkpoint on every rank")
+
+    def plain(weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        return weight if weight.ndim == 1 else weight.T.contiguous() if copy else weight.T
+
+    layers = []
+    for layer in model.layers:
+        a, f = layer.attention, layer.feed_forward
+        weights = a.wq, a.wk, a.wv, a.wo, f.w1, f.w3, f.w2, layer.attention_norm, layer.ffn_norm
+        layers.append(tuple(plain(part.weight) for part in weights))
+    return model.tok_embeddings.weight.detach(), layers, plain(model.norm.weight), plain(model.output.weight)
+
+
+def row_product(x: Float[Tensor, "1 I"], weight: Float[Tensor, "I O"]) -> Float[Tensor, "1 O"]:
+    "x @ weight for the compiler, which makes one kernel of these sums and what is around them."
+    return (weight.T * x).sum(-1)[None]
+
+
+def row_attention(
+    q: Float[Tensor, "1 K G H"], k: Float[Tensor, "1 K S H"], v: Float[Tensor, "1 K S H"], attn_mask: Tensor
+) -> Float[Tensor, "1 K G H"]:
+    "Attention of a single row, likewise."
+    scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) * q.shape[-1] ** -0.5
+    return ((scores + attn_mask).softmax(-1)[..., None] * v[:, :, None]).sum(-2)
+
+
+def next_logits(
+    weights: tuple,
+    cache: KVCache,
+    table: Float[Tensor, "T H//2 2"],
+    inputs: Int[Tensor, "2 B"],
+    used: int,
+    ragged: bool,
+    eps: float,
+) -> Float[Tensor, "B V"]:
+    """`Llama.forward` for one more token in every row: `inputs` are the tokens and their positions.
+
+    `weights`: of `plain_weights`; `cache`: of B rows or more, written at the positions, its `lengths` not read;
+    `table`: of `rope_table`. Attention reads `used` tokens; if the rows are `ragged`, each only its own. `eps`: of the
+    norms.
+    """
+    (embedding, layers, norm, output), (tokens, positions) = weights, inputs
+    rows, (_, kv_heads, _, width) = len(tokens), cache.keys[0].shape
+    compiled = torch.compiler.is_compiling()
+    times, attention = torch.mm, F.scaled_dot_product_attention
+    if compiled and rows == 1:
+        times, attention = row_product, row_attention
+    rope, places, mask = table[positions][:, None], cache.places(positions[:, None]), None
+    if not compiled:
+        rope = torch.view_as_complex(rope)
+    if ragged:
+        reach = torch.arange(used, device=tokens.device)
+        mask = torch.where(reach <= positions[:, None], 0.0, -torch.inf).to(embedding.dtype)[:, None, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        if compiled:
+            return apply_rope(x.view(rows, 1, -1, width), rope)
+        pairs = torch.view_as_complex(x.float().view(rows, -1, width // 2, 2))
+        return torch.view_as_real(pairs * rope).type_as(x)
+
+    x = F.embedding(tokens, embedding)
+    for (wq, wk, wv, wo, w1, w3, w2, attention_norm, ffn_norm), k, v in zip(
+        layers, cache.keys, cache.values, strict=True
+    ):
+        h = rms_norm(x, attention_norm, eps)
+        q = rotated(times(h, wq)).view(rows, kv_heads, -1, width)
+        k.view(-1, width).index_copy_(0, places, rotated(times(h, wk)).view(-1, width))
+        v.view(-1, width).index_copy_(0, places, times(h, wv).view(-1, width))
+        out = attention(q, k[:rows, :, :used], v[:rows, :, :used], attn_mask=mask)
+        x = x + times(out.reshape(rows, -1), wo)
+        h = rms_norm(x, ffn_norm, eps)
+        x = x + times(F.silu(times(h, w1)) * times(h, w3), w2)
+    return times(rms_norm(x, norm, eps), output).float()
+
+
+COMPILED: dict[tuple, Callable] = {}  # by model shape, rows, tokens, dtype and device
+
+
+def compiled_logits(weights: tuple, cache: KVCache, *others) -> Callable[..., Tensor]:
+    "`next_logits`, compiled for these arguments; for others of the same shapes it is there already."
+    shape = tuple(weights[0].shape), len(weights[1]), weights[1][0][4].shape, tuple(cache.keys[0].shape), others[-1]
+    key = *shape, weights[0].dtype, str(weights[0].device)
+    if key not in COMPILED:
+        options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
+        function = torch.compile(next_logits, fullgraph=True, dynamic=False, options=options)
+        COMPILED[key] = function.aot_compile(((weights, cache, *others), {}))
+        COMPILED[key].disable_guard_check()
+    return COMPILED[key]
+
+def check_request(
+    model: Llama, max_new_tokens: int, temperature: float, top_p: float, eos_id: int | None, counts: dict[str, int]
+):
+    "ValueError for settings of `generate` that are out of range; `counts`: those that have to be 1 or more."
+    for name, value in {"max_new_tokens": max_new_tokens, **counts}.items():
+        least = 0 if name == "max_new_tokens" else 1
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
+    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < model.config.vocab_size):
+        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {model.config.vocab_size - 1}")
+    real = isinstance(temperature, Real) and isinstance(top_p, Real)
+    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
+        )
+
+
+class Slots:
+    """The rows that grow together, in the first `count` places, with their keys and values in `cache`.
+
+    On the device: `inputs` (3 B), the last token, the tokens in the cache, and the random numbers that were used;
+    `uniform` (B draws), those numbers. On the host: `fixed` (4 B), the row's place in the result, the tokens of its
+    prompt, the most it may have, and its length less `clock`, which counts the steps.
+    """
+
+    def __init__(self, model: Llama, size: int, limit: int, draws: int):
+        device = model.tok_embeddings.weight.device
+        self.cache, self.count, self.clock = KVCache(model, size, limit), 0, 0
+        self.inputs = torch.zeros(3, size, dtype=torch.int64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.uniform = torch.zeros(size, draws, dtype=wide, device=device)
+        self.fixed = np.zeros((4, size), np.int64)
+
+    def add(self, rows: list[int], uniform: np.ndarray, prompt: int, limit: int, read: KVCache, place: int):
+        "Samples of one prompt, which is in row `place` of the cache `read`."
+        new = slice(self.count, self.count + len(rows))
+        self.inputs[1, new], self.inputs[2, new] = prompt, 0
+        self.uniform[new] = torch.from_numpy(uniform).to(self.uniform)
+        self.fixed[:, new] = rows, [prompt] * len(rows), [limit] * len(rows), [prompt - self.clock] * len(rows)
+        self.cache.copy_rows(list(range(new.start, new.stop)), read, [place] * len(rows), prompt)
+        self.count = new.stop
+        self.look()
+
+    def grow(self):
+        "Count one more token in every row."
+        self.inputs[1:, : self.count].add_(1)
+        self.clock += 1
+
+    def remove(self, ended: np.ndarray):
+        "Drop rows (a mask); rows from the end move into their places."
+        left = np.flatnonzero(~ended)
+        self.count = len(left)
+        holes, last = np.flatnonzero(ended[: self.count]).tolist(), left[left >= self.count].tolist()
+        if holes:
+            self.cache.copy_rows(holes, self.cache, last, self.longest + self.clock)
+            for numbers in (self.inputs, self.fixed):
+                numbers[:, holes] = numbers[:, last]
+            self.uniform[holes] = self.uniform[last]
+        self.look()
+
+    def look(self):
+        "What stays as it is until rows come or go: the longest row, whether rows differ, when the first is full."
+        if self.count:
+            _, _, limit, length = self.fixed[:, : self.count]
+            self.longest, self.ragged = int(length.max()), bool(length.max() > length.min())
+            self.full = int((limit - length).min()) - 1
+
 
 @torch.inference_mode()
 def decode(
@@ -101,56 +288,62 @@ def decode(
     seed: int | Sequence[int],
     eos_id: int | None,
     num_samples: int,
+    batch: int,
+    compile: bool,
 ) -> Iterator[list[tuple[int, int, float]]]:
-    "Yield, step by step, (row, token, log-probability) of every row that is still open. Arguments as in `generate`."
+    "Yield (row, token, log-probability) of some rows at a time, in the order of their tokens. Arguments: `generate`."
     prompts, context = check_prompts(model, prompts), model.config.max_seq_len
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_samples", num_samples, 1)):
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
-    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < model.config.vocab_size):
-        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {model.config.vocab_size - 1}")
-    real = isinstance(temperature, Real) and isinstance(top_p, Real)
-    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
-        )
+    check_request(model, max_new_tokens, temperature, top_p, eos_id, {"num_samples": num_samples, "batch": batch})
     streams = row_streams(seed, len(prompts), num_samples)
     if not prompts or max_new_tokens < 1:
         return
-    device = model.tok_embeddings.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest, steps = int(lengths.max()), min(max_new_tokens, context - int(lengths.min()))
-    uniform = torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
-    uniform = uniform.to(device, torch.float32 if device.type == "mps" else torch.float64)
-
-    padded = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
-    cache = KVCache(model, len(prompts), min(longest + steps, context))
-    states = model.hidden(padded, cache)
-    cache.set_lengths(lengths)
-    logits = model.output(states[torch.arange(len(prompts), device=device), lengths - 1]).float()
-    cache.repeat(num_samples)
-    logits = logits.repeat_interleave(num_samples, 0)
-
-    rows = torch.arange(len(streams), device=device)  # which row of the result each row of the batch is
-    is_open = torch.ones_like(rows, dtype=torch.bool)
-    for step in range(steps):
-        tokens, logprobs = sample(logits, uniform[rows, step], temperature, top_p)
-        if not logprobs.isfinite().all():
-            raise FloatingPointError(
-                f"token {step} of row {int(rows[~logprobs.isfinite()][0])}: the logits are not finite"
-            )
-        yield list(zip(*(t[is_open].tolist() for t in (rows, tokens, logprobs)), strict=True))
-        full = cache.lengths + 1 >= context
-        is_open &= ~full if eos_id is None else ~full & (tokens != eos_id)
-        count = int(is_open.sum())
-        if count == 0 or step + 1 == steps:
-            return
-        if 2 * count <= len(rows) or full.any():
-            cache.select(is_open)
-            rows, tokens, is_open = rows[is_open], tokens[is_open], is_open[is_open]
-        logits = model.output(model.hidden(tokens[:, None], cache)[:, -1]).float()
+    device, batch = model.tok_embeddings.weight.device, min(batch, len(streams))
+    limits = [min(len(prompt) + max_new_tokens, context) for prompt in prompts]
+    draws, room = max(limit - len(prompt) for limit, prompt in zip(limits, prompts, strict=True)), max(limits)
+    if compile:
+        room = min(context, 2 ** (room - 1).bit_length())  # so that few shapes are compiled
+    slots, weights = Slots(model, batch, room, draws), plain_weights(model, device.type == "cpu" and batch >= 16)
+    waiting, read = 0, {}  # the next row to come in; prompts whose samples are coming in: their cache, row and logits
+    while slots.count or waiting < len(streams):
+        first, free = slots.count, batch - slots.count
+        if waiting < len(streams) and 8 * free >= batch:
+            rows = range(waiting, min(waiting + free, len(streams)))
+            waiting = rows.stop
+            if new := sorted({row // num_samples for row in rows} - read.keys()):
+                source, found = prefill(model, [prompts[i] for i in new])
+                read |= {i: (source, place, found[place]) for place, i in enumerate(new)}
+            for i, samples in groupby(rows, lambda row: row // num_samples):
+                samples = list(samples)
+                uniform = np.stack([streams[row].random(draws) for row in samples])
+                slots.add(samples, uniform, len(prompts[i]), limits[i], *read[i][:2])
+            logits = torch.stack([read[row // num_samples][2] for row in rows])
+            read = {i: kept for i, kept in read.items() if (i + 1) * num_samples > waiting}
+        elif compile:
+            arguments = weights, slots.cache, model.rope, slots.inputs[:2], room, True, model.config.norm_eps
+            first, logits = 0, compiled_logits(*arguments)(*arguments)[: slots.count]
+            slots.grow()
+        else:
+            inputs, used = slots.inputs[:2, : slots.count], slots.longest + slots.clock + 1
+            logits = next_logits(weights, slots.cache, model.rope, inputs, used, slots.ragged, model.config.norm_eps)
+            first = 0
+            slots.grow()
+        fresh, uniform = slice(first, slots.count), None
+        if temperature > 0:
+            uniform = slots.uniform[fresh].gather(1, slots.inputs[2, fresh, None])[:, 0]
+        drawn, logprobs = sample(logits, uniform, temperature, top_p)
+        slots.inputs[0, fresh] = drawn
+        tokens, logprobs, rows = drawn.tolist(), logprobs.tolist(), slots.fixed[0, fresh].tolist()
+        if not all(map(math.isfinite, logprobs)):
+            bad = next(i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob))
+            step = slots.inputs[2, first + bad].item()
+            raise FloatingPointError(f"token {step} of row {rows[bad]}: the logits are not finite")
+        yield list(zip(rows, tokens, logprobs, strict=True))
+        if slots.clock >= slots.full or eos_id in tokens:
+            _, _, limit, length = slots.fixed[:, : slots.count]
+            ended = length + slots.clock + 1 >= limit
+            ended[:first] = False
+            ended[first:] |= [token == eos_id for token in tokens]
+            slots.remove(ended)
 
 def generate(
     model: Llama,
@@ -161,23 +354,29 @@ def generate(
     seed: int | Sequence[int] = 0,
     eos_id: int | None = None,
     num_samples: int = 1,
+    batch: int = 64,
+    compile: bool = False,
 ) -> list[Completion]:
     """Continue every prompt (a list of token ids) `num_samples` times; a flat list, prompt by prompt.
 
     A completion ends with `eos_id`, after `max_new_tokens`, or when the context is full. `logprobs` are of the sampled
     distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
     on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
+    `batch`: rows that are decoded together at most; others wait. `compile`: torch.compile the step, anew for every
+    shape of weights and cache, which takes a minute and pays off for long runs of few rows.
     Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range;
     TypeError for prompts that are not lists of ids; FloatingPointError when the logits are not finite.
     """
-    results: dict[int, Completion] = {}
-    for step in decode(model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples):
+    results: defaultdict[int, Completion] = defaultdict(lambda: Completion([], [], False))
+    for step in decode(
+        model, prompts, max_new_tokens, temperature, top_p, seed, eos_id, num_samples, batch, compile
+    ):
         for row, token, logprob in step:
-            completion = results.setdefault(row, Completion([], [], False))
+            completion = results[row]
             completion.tokens.append(token)
             completion.logprobs.append(logprob)
             completion.finished = token == eos_id
-    return [results.get(row, Completion([], [], False)) for row in range(len(prompts) * num_samples)]
+    return [results[row] for row in range(len(prompts) * num_samples)]
 
 
 def stream(
@@ -188,7 +387,8 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
+    compile: bool = False,
 ) -> Iterator[int]:
     "Yield the tokens that continue one prompt as they are drawn: the same tokens, and errors, as `generate` gives."
-    for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, num_samples=1):
+    for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, 1, 1, compile):
         yield step[0][1]

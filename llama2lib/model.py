@@ -4,6 +4,7 @@ __all__ = [
     "swiglu_width",
     "ModelConfig",
     "LLAMA2",
+    "rms_norm",
     "RMSNorm",
     "rope_table",
     "apply_rope",
@@ -12,13 +13,14 @@ __all__ = [
     "FeedForward",
     "Block",
     "Llama",
+    "compensated",
 ]
 
 
 # ---------- chapters/01_architecture.py · Architecture
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -103,8 +105,13 @@ LLAMA2 = {
 
 # ---------- chapters/01_architecture.py · RMSNorm
 
+def rms_norm(x: Float[Tensor, "... D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "... D"]:
+    "Root-mean-square normalisation over the last dimension, in float32 (section 2.2; Zhang & Sennrich 2019)."
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).type_as(x) * weight
+
+
 class RMSNorm(nn.Module):
-    "Root-mean-square normalisation over the last dimension (section 2.2). (… D) → (… D)"
+    "`rms_norm` with a weight that is learned. (… D) → (… D)"
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -112,7 +119,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 # ---------- chapters/01_architecture.py · Rotary embeddings
@@ -127,9 +134,13 @@ def rope_table(config: ModelConfig, device=None) -> Float[Tensor, "T H//2 2"]:
 
 def apply_rope(x: Float[Tensor, "B T N H"], rope: Float[Tensor, "#B T H//2 2"]) -> Float[Tensor, "B T N H"]:
     "Rotate neighbouring pairs of each head by the angles of their positions, in float32."
-    cos, sin = rope.unsqueeze(-3).unbind(-1)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    pairs, angles = x.float().unflatten(-1, (-1, 2)), rope.unsqueeze(-3)
+    if torch.compiler.is_compiling():
+        (even, odd), (cos, sin) = pairs.unbind(-1), angles.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))
+    return turned.flatten(-2).type_as(x)
 
 
 # ---------- chapters/01_architecture.py · The KV cache
@@ -149,6 +160,7 @@ class KVCache:
             [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in range(config.n_layers)]
             for _ in ("keys", "values")
         )
+        self.heads = torch.arange(batch * config.n_kv_heads, device=weight.device).view(batch, -1, 1) * length
         self.set_lengths(torch.zeros(batch, dtype=torch.int64, device=weight.device))
 
     def set_lengths(self, lengths: Int[Tensor, "B"]):
@@ -156,16 +168,14 @@ class KVCache:
         self.lengths = lengths
         self.used = int(lengths.max())  # of the longest row: what attention has to read
 
-    def select(self, rows: Tensor):
-        "Keep only some rows (a mask or indices)."
-        self.keys, self.values = [k[rows] for k in self.keys], [v[rows] for v in self.values]
-        self.set_lengths(self.lengths[rows])
+    def places(self, positions: Int[Tensor, "B T"]) -> Int[Tensor, "B*K*T"]:
+        "Where tokens at these positions go, in keys and values seen as (B·K·S H)."
+        return (self.heads[: len(positions)] + positions[:, None]).flatten()
 
-    def repeat(self, times: int):
-        "Give every row `times` copies, next to each other: samples of one prompt share its prefill."
-        self.keys = [k.repeat_interleave(times, 0) for k in self.keys]
-        self.values = [v.repeat_interleave(times, 0) for v in self.values]
-        self.lengths = self.lengths.repeat_interleave(times)
+    def copy_rows(self, to: list[int], source: "KVCache", rows: list[int], length: int):
+        "Fill rows with the first `length` tokens of rows of a cache: a prompt's for its samples, or a row that moves."
+        for target, origin in zip(self.keys + self.values, source.keys + source.values, strict=True):
+            target[to, :, :length] = origin[rows, :, :length]
 
 
 # ---------- chapters/01_architecture.py · Grouped-query attention
@@ -182,17 +192,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"], rope: Float[Tensor, "#B T H//2 2"], cache=None, mask=None):
-        """`cache`: this layer's (keys, values, rows, positions), written in place. `mask` (B 1 T S): what tokens read.
+        """`cache`: this layer's keys and values, written in place, and the `KVCache.places` of the new ones.
 
-        Without a mask a token reads itself and the tokens before it in `x`.
+        `mask` (B 1 T S): which of them a token reads; without one it reads itself and the tokens before it in `x`.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if cache is not None:
-            keys, values, rows, positions = cache
-            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
-            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+            keys, values, places = cache
+            for kept, new in (keys, k), (values, v):
+                kept.view(-1, self.head_dim).index_copy_(0, places, new.reshape(-1, self.head_dim).to(kept.dtype))
             if mask is not None:
                 k, v = keys[:, :, : mask.shape[-1]], values[:, :, : mask.shape[-1]]
         shared = k.shape[1] < q.shape[1]
@@ -246,7 +256,7 @@ class Llama(nn.Module):
         self.rope = rope_table(config, self.tok_embeddings.weight.device)
 
     def init_std(self, name: str) -> float | None:
-        "Standard deviation that a parameter is drawn with; None for the norms, which begin at 1 (ours; see above)."
+        "Standard deviation that a parameter is drawn with; None for the norms, which begin at 1 (ours)."
         if name.endswith("norm.weight"):
             return None
         return 0.02 / (2 * self.config.n_layers) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02
@@ -271,7 +281,7 @@ class Llama(nn.Module):
         if self.rope.device != tokens.device:
             with torch.inference_mode(False):  # built while generating, it must still serve training
                 self.rope = rope_table(self.config, tokens.device)
-        rope, mask, where = self.rope[:length], None, None
+        rope, mask, places = self.rope[:length], None, None
         if cache is not None:
             rows, _, room, _ = cache.keys[0].shape
             if rows != batch or cache.used + length > room:
@@ -279,7 +289,7 @@ class Llama(nn.Module):
                     f"{batch} rows of {cache.used} + {length} tokens, for a cache of {rows} rows of {room}"
                 )
             positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
-            where = torch.arange(batch, device=tokens.device)[:, None], positions
+            places = cache.places(positions)
             if cache.used:
                 rope = self.rope[positions]
                 reach = torch.arange(cache.used + length, device=tokens.device)
@@ -287,9 +297,20 @@ class Llama(nn.Module):
             cache.lengths, cache.used = cache.lengths + length, cache.used + length
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, cache and (cache.keys[i], cache.values[i], *where), mask)
+            x = layer(x, rope, cache and (cache.keys[i], cache.values[i], places), mask)
         return self.norm(x)
 
     def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
         "Logits of the token that follows each token, float32."
         return self.output(self.hidden(tokens, cache)).float()
+
+
+# ---------- chapters/01_architecture.py · Fewer key/value heads (Table 18)
+
+def compensated(config: ModelConfig, n_kv_heads: int) -> ModelConfig:
+    """`config` with fewer key/value heads and a SwiGLU layer wider by as many parameters, to the nearest unit (A.2.1).
+
+    ValueError when the query heads are not a multiple of `n_kv_heads`.
+    """
+    saved = 2 * config.dim * config.head_dim * (config.n_kv_heads - n_kv_heads)
+    return replace(config, n_kv_heads=n_kv_heads, hidden_dim=config.hidden_dim + round(saved / (3 * config.dim)))

@@ -7,7 +7,6 @@ __all__ = [
     "next_token_loss",
     "micro_batches",
     "train_step",
-    "whole",
     "Step",
     "pretrain",
     "held_out_loss",
@@ -39,10 +38,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
-from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint
+from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint, whole
 from llama2lib.distributed import (
     Parallel,
     StateFolder,
@@ -182,11 +180,6 @@ def train_step(
     return loss, norm
 
 
-def whole(tensor: Tensor) -> Tensor:
-    "A tensor, or all of one that is divided among ranks."
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 # ---------- chapters/02_pretraining.py · The loop
 
 class Step(NamedTuple):
@@ -216,7 +209,9 @@ def pretrain(
     device = model.tok_embeddings.weight.device
     packed = Packed(data, config.max_seq_len, config.seed if seed is None else seed)
     optimizer = optimizer or adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
-    rank, ranks, _ = data_ranks(model)
+    rank, ranks, group = data_ranks(model)
+    whole_loss = config.parallel.compile and group is None
+    loss_of = torch.compile(next_token_loss, dynamic=False) if whole_loss else next_token_loss
     rows, targets = config.batch_rows, config.batch_rows * config.max_seq_len
     low, high = (rows * r // ranks for r in (rank, rank + 1))
     passes = math.ceil(math.ceil(rows / ranks) / config.micro_batch)
@@ -224,12 +219,14 @@ def pretrain(
     optimizer.zero_grad(set_to_none=True)
     for step in range(start, config.steps):
         lr = cosine_lr(step, config.lr, config.warmup_steps, config.steps, config.final_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
         batch = packed.rows(step * rows + low, high - low).to(device)
         try:
             parts = list(micro_batches(batch, passes))
-            loss, norm = train_step(model, optimizer, parts, targets, config.grad_clip, config.parallel.reduce)
+            loss, norm = train_step(
+                model, optimizer, parts, targets, config.grad_clip, config.parallel.reduce, loss_of
+            )
         except FloatingPointError as error:
             where = f"rows {step * rows} to {(step + 1) * rows - 1} of the data"
             raise FloatingPointError(f"step {step}: {error}; {where}") from None
@@ -401,10 +398,10 @@ def run(config: PretrainConfig) -> Path:
 
 
 @record
-def cli():
+def cli(prog: str = "python -m llama2lib.pretrain"):
     "python -m llama2lib.pretrain RECIPE [options]: train a base model (section 2.2); under torchrun, on all its ranks."
     recipes = {name: (f"{config.tokens:,} tokens, peak lr {config.lr:g}", config) for name, config in PRETRAIN.items()}
-    config = tyro.extras.overridable_config_cli(recipes, config=(tyro.conf.OmitArgPrefixes,))
+    config = tyro.extras.overridable_config_cli(recipes, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     try:
         run(config)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -24,9 +24,8 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from llama2lib.ablations import compensated
 from llama2lib.generation import generate
-from llama2lib.model import Llama, ModelConfig
+from llama2lib.model import Llama, ModelConfig, compensated
 from llama2lib.roofline import A100, Hardware, collective_seconds, compute_seconds
 
 NEW_TOKENS = 128  # of every answer in Figure 24

@@ -17,13 +17,12 @@ from llama2lib.ablations import (
     SHAPES,
     VALUES,
     answered,
-    compensated,
     fact_stream,
     questions,
     with_facts,
 )
 from llama2lib.checkpoint import load_checkpoint
-from llama2lib.model import LLAMA2, Llama, ModelConfig
+from llama2lib.model import LLAMA2, Llama, ModelConfig, compensated
 from llama2lib.pretrain import PRETRAIN
 from llama2lib.shards import write_shards
 from llama2lib.tokenizer import train_tokenizer

@@ -21,7 +21,8 @@ from conftest import greedy
 from safetensors.torch import load_file, save_file
 
 from llama2lib import checkpoint
-from llama2lib.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_meta, width_rule
+from llama2lib.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_meta
+from llama2lib.formats import config_from_hf, config_to_hf, width_rule
 from llama2lib.model import LLAMA2, Llama, ModelConfig, rope_table, swiglu_width
 
 TINY = ModelConfig(
@@ -115,11 +116,11 @@ def test_transformers_reads_what_we_write(shape, tmp_path):
 
 def test_old_config_files():
     "transformers 4 keeps θ at the top; the first Llama files have neither θ nor key/value heads."
-    fields = checkpoint.config_to_hf(SHAPES["MHA"], torch.float16)
+    fields = config_to_hf(SHAPES["MHA"], torch.float16)
     for name in ("rope_theta", "rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings"):
         del fields[name]
-    assert checkpoint.config_from_hf(fields | {"rope_scaling": None}) == SHAPES["MHA"]
-    assert checkpoint.config_from_hf(fields | {"rope_theta": 5e5}).rope_theta == 5e5
+    assert config_from_hf(fields | {"rope_scaling": None}) == SHAPES["MHA"]
+    assert config_from_hf(fields | {"rope_theta": 5e5}).rope_theta == 5e5
 
 
 def test_tied_embedding_is_copied(tmp_path):

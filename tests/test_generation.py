@@ -1,12 +1,17 @@
 """Generation: equal to uncached decoding, rows independent, log-probabilities those of the sampled distribution."""
 
+from copy import deepcopy as copy_of
+
 import numpy as np
 import pytest
 import torch
 from conftest import greedy, random_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from llama2lib.generation import Completion, generate, sample, stream
-from llama2lib.model import Llama
+from llama2lib import generation
+from llama2lib.generation import Completion, generate, next_logits, plain_weights, prefill, sample, stream
+from llama2lib.model import KVCache, Llama
 
 PROMPTS = [[1, 5, 9], [1, 7, 7, 7, 90, 31, 8], [1], [3, 2, 1, 0]]
 
@@ -126,14 +131,114 @@ def test_tensors_and_arrays_are_prompts_too():
         assert generate(model, prompts, 5, seed=np.int64(3)) == expected
 
 
-def test_finished_rows_leave_the_batch():
-    model, sizes = random_model(), []
-    free = generate(model, [[1]] * 32, 60, temperature=1.0, seed=1)
+@pytest.fixture
+def steps(monkeypatch) -> list[tuple[int, int]]:
+    "Of every decoding step: its rows, and how many had come in by then."
+    found, came, step, add = [], [], generation.next_logits, generation.Slots.add
+
+    def spy(*arguments):
+        found.append((arguments[3].shape[1], len(came)))
+        return step(*arguments)
+
+    monkeypatch.setattr(generation, "next_logits", spy)
+    monkeypatch.setattr(generation.Slots, "add", lambda self, rows, *rest: came.extend(rows) or add(self, rows, *rest))
+    return found
+
+
+def ended_by(eos: int, free: list[Completion], limit: int) -> list[list[int]]:
+    return [c.tokens[: c.tokens.index(eos) + 1] if eos in c.tokens else c.tokens[:limit] for c in free]
+
+
+def test_no_step_works_for_rows_that_are_done(steps):
+    model = random_model()
+    free = generate(model, [[1]] * 32, 60, seed=1)
     eos = max(range(97), key=lambda token: sum(token in c.tokens[:30] for c in free))  # most rows meet it early
+    steps.clear()
+    ended = generate(model, [[1]] * 32, 60, seed=1, eos_id=eos)
+    assert [c.tokens for c in ended] == ended_by(eos, free, 60)
+    sizes = [size for size, _ in steps]
+    assert sizes[0] == 32 - sum(len(c.tokens) == 1 for c in ended) and sizes[-1] < 16
+    assert sum(sizes) == sum(len(c.tokens) - 1 for c in ended)  # the prefill gives the first token
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 64])
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1.3, top_p=0.9)], ids=["greedy", "sampled"])
+def test_waiting_rows_come_in_and_get_what_they_would_get_alone(batch, settings, steps):
+    "More rows than places, ragged, samples of one prompt apart: tokens and log-probabilities are those of full passes."
+    model, eos = random_model(), 17
+    prompts = [[1 + i, *range(20 + i, 20 + i + 3 * (i % 4))] for i in range(9)]
+    settings = dict(seed=list(range(9)), eos_id=eos, num_samples=3, **settings)
+    completions = generate(model, prompts, 40, batch=batch, **settings)
+    assert sum(size for size, _ in steps) == sum(len(c.tokens) - 1 for c in completions)
+    for size, came in steps:  # as long as rows wait, less than an eighth of the places is free
+        assert size <= batch and (came == 27 or 8 * (batch - size) < batch)
+    for i, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], 40, **settings | dict(seed=[i]))
+        for one, other in zip(completions[3 * i : 3 * i + 3], alone, strict=True):
+            assert one.tokens == other.tokens and one.finished == other.finished
+            tokens = torch.tensor([prompt + one.tokens])
+            with torch.no_grad():
+                logits = model(tokens)[0, len(prompt) - 1 : -1] / (settings["temperature"] or 1)
+            if settings["temperature"] == 0:
+                assert logits.argmax(-1).tolist() == one.tokens
+            expected = logits.log_softmax(-1).gather(-1, torch.tensor(one.tokens)[:, None])[:, 0]
+            assert torch.allclose(expected, torch.tensor(one.logprobs), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [2, 5, 64])
+def test_every_prompt_is_read_once(batch):
+    model, read = random_model(), []
     hidden = model.hidden
-    model.hidden = lambda tokens, cache: sizes.append(len(tokens)) or hidden(tokens, cache)
-    still_open = sum(len(c.tokens) > 30 for c in generate(model, [[1]] * 32, 60, temperature=1.0, seed=1, eos_id=eos))
-    assert still_open < 16 and sizes[0] == 32 and still_open <= sizes[30] <= 2 * still_open
+    model.hidden = lambda tokens, cache: read.extend(tokens[:, 0].tolist()) or hidden(tokens, cache)
+    generate(model, [[1], [2], [3], [4]], 12, num_samples=3, eos_id=17, batch=batch)
+    assert sorted(read) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_compiled_step_gives_the_same(rows):
+    "Ragged rows up to the end of the context, one after the other where there is one place; then with other weights."
+    known = set(generation.COMPILED)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = random_model(max_seq_len=32)
+        torch.nn.init.normal_(model.output.weight, std=0.3)
+        for settings in (dict(temperature=0), dict(temperature=1.2, seed=5, eos_id=17)):
+            prompts = [[1] * 9, [1, 5], [3, 2, 1, 0], [4]]
+            eager = generate(model, prompts, 40, batch=rows, **settings)
+            fused = generate(model, prompts, 40, batch=rows, compile=True, **settings)
+            assert [c.tokens for c in fused] == [c.tokens for c in eager]
+            for a, b in zip(eager, fused, strict=True):
+                assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+    assert len(set(generation.COMPILED) - known) == 1
+    assert list(stream(model, [1, 5], 20, 0, compile=True)) == greedy(model, [1, 5], 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_step_is_the_models_forward_pass(model, dtype, copy):
+    model, tokens = copy_of(model).to(dtype), torch.randint(97, (3, 12))
+    with torch.inference_mode():
+        cache = KVCache(model, 4, 16)  # one row more than is used
+        lengths = torch.tensor([11, 7, 4])
+        for row, length in enumerate(lengths.tolist()):
+            one, _ = prefill(model, [tokens[row, :length].tolist()])
+            cache.copy_rows([row], one, [0], length)
+        inputs = torch.stack((tokens[range(3), lengths], lengths))
+        got = next_logits(plain_weights(model, copy), cache, model.rope, inputs, 12, True, model.config.norm_eps)
+        for row, length in enumerate(lengths.tolist()):
+            expected = model(tokens[row : row + 1, : length + 1])[0, -1]
+            assert torch.allclose(got[row], expected, atol=1e-4 if dtype == torch.float32 else 0.05)
+
+
+def test_divided_weights_are_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = random_model()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="divided among ranks; expected whole ones"):
+            generate(model, [[1]], 4)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_huge_limit_costs_nothing():
@@ -142,6 +247,7 @@ def test_a_huge_limit_costs_nothing():
 
 
 SETTINGS = [dict(temperature=-1), dict(temperature=float("nan")), dict(temperature=1e-40), dict(top_p=0)]
+SETTINGS += [dict(batch=0), dict(batch="all")]
 SETTINGS += [dict(top_p=1.5), dict(seed=[1, 2]), dict(seed=-1), dict(num_samples=0), dict(num_samples=1.5)]
 SETTINGS += [
     dict(temperature="hot"),

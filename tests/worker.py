@@ -216,15 +216,15 @@ def no_memory(out: str):
     with distributed.processes() as device:
         model = Llama(LLAMA2["debug"])
         distributed.parallelize(model, distributed.make_mesh(Parallel(), device.type), Parallel())
-        whole, calls = checkpoint._whole, []
+        gathered, calls = checkpoint._gathered, []
 
         def failing(*args, keep):
-            calls.append(whole(*args, keep=keep))
+            calls.append(gathered(*args, keep=keep))
             if keep and len(calls) == 3:
                 raise MemoryError("told to have none")
             return calls[-1]
 
-        checkpoint._whole = failing
+        checkpoint._gathered = failing
         save_checkpoint(model, out)
 
 
