@@ -1462,7 +1462,8 @@ else:
 #
 # Each row draws from random numbers of its own, made from the seed, the prompt's place in the list and the sample's
 # number. One uniform number a step is enough: it is looked up in the cumulative distribution. A row's text therefore
-# does not depend on its neighbours (in float32; 16-bit logits themselves change a little with the size of a batch).
+# does not depend on its neighbours. (What remains is rounding. A matrix product may add up in another order when the
+# batch has another size; in float32 that changes one draw among tens of thousands, in 16 bits more.)
 
 # %%
 #| export generation
@@ -1485,11 +1486,12 @@ from llama2lib.model import KVCache, Llama, apply_rope, rms_norm
 
 
 def sample(
-    logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B"], temperature: float = 1.0, top_p: float = 1.0
+    logits: Float[Tensor, "B V"], uniform: Float[Tensor, "B"] | None, temperature: float = 1.0, top_p: float = 1.0
 ) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
     """Draw a token per row with one uniform number in [0, 1) each; returns tokens and their log-probabilities.
 
-    The log-probability is after temperature and before top-p; at temperature 0 (greedy), of the untempered logits.
+    The log-probability is after temperature and before top-p; at temperature 0 (greedy), where no number is needed, of
+    the untempered logits.
     """
     logprobs = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
@@ -1554,6 +1556,29 @@ def check_prompts(model: Llama, prompts: Sequence[Sequence[int]]) -> list[list[i
     return checked
 
 
+def check_settings(
+    vocab_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos_id: int | None,
+    num_samples: int,
+    batch: int,
+):
+    "ValueError for settings of `generate` that are out of range."
+    counts = ("max_new_tokens", max_new_tokens, 0), ("num_samples", num_samples, 1), ("batch", batch, 1)
+    for name, value, least in counts:
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
+    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < vocab_size):
+        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {vocab_size - 1}")
+    real = isinstance(temperature, Real) and isinstance(top_p, Real)
+    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
+        )
+
+
 def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> list[np.random.Generator]:
     "A generator for every row, prompt-major, from one seed (and the prompt's place) or a seed for each prompt."
     if isinstance(seed, Integral):
@@ -1567,17 +1592,22 @@ def row_streams(seed: int | Sequence[int], prompts: int, num_samples: int) -> li
 
 
 # %% [markdown]
+# ### A step
+#
 # Prompts are read in one pass, padded on the right. Under a causal mask no real token sees the padding, so the pass
 # needs no mask of its own; the padding's keys and values are overwritten as the rows grow.
 #
-# From then on every row adds one token a step. At this size a step is made of many small operations, and calling
-# modules costs as much as their work. So a step is written once more, as one function of plain tensors. With one token
-# a row, the query heads that share a key/value head are the "sequence" that reads it: no mask among them, no copies.
+# From then on every row adds one token a step. In a small model such a step is made of operations so short that calling
+# modules costs as much as the work. So the architecture is written once more, as one function of plain tensors. Its
+# query heads are grouped by the key/value head that they share: with one token a row, a group is the 'sequence' that
+# attends, and no head is copied.
+#
+# The same function can be compiled. A single row's products are then written as sums, which the compiler joins with
+# everything around them; the whole step becomes one kernel, and what remains is the traffic of the weights.
 
 
 # %%
 #| export generation
-@torch.inference_mode()
 def prefill(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Float[Tensor, "B V"]]:
     "The cache of some prompts, and the logits of the token that follows each."
     device = model.tok_embeddings.weight.device
@@ -1591,7 +1621,10 @@ def prefill(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Float[Tens
 
 
 def plain_weights(model: Llama, copy: bool) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor, Tensor]:
-    "Embedding, layers, last norm, output; matrices as (in, out), laid out anew with `copy`. ValueError if sharded."
+    """Embedding, layers, last norm, output: the weights as tensors, matrices as (in, out).
+
+    `copy`: laid out in this order, which is faster for many rows on a CPU. ValueError for weights that are sharded.
+    """
     if isinstance(model.tok_embeddings.weight, DTensor):
         raise ValueError("the weights are divided among ranks; expected whole ones, from load_checkpoint on every rank")
 
@@ -1660,8 +1693,8 @@ def next_logits(
     ):
         h = rms_norm(x, attention_norm, eps)
         q = rotated(times(h, wq)).view(rows, kv_heads, -1, width)
-        k.view(-1, width).index_copy_(0, places, rotated(times(h, wk)).view(-1, width))
-        v.view(-1, width).index_copy_(0, places, times(h, wv).view(-1, width))
+        for kept, new in (k, rotated(times(h, wk))), (v, times(h, wv)):
+            kept.view(-1, width).index_copy_(0, places, new.view(-1, width).to(kept.dtype))
         out = attention(q, k[:rows, :, :used], v[:rows, :, :used], attn_mask=mask)
         x = x + times(out.reshape(rows, -1), wo)
         h = rms_norm(x, ffn_norm, eps)
@@ -1669,13 +1702,14 @@ def next_logits(
     return times(rms_norm(x, norm, eps), output).float()
 
 
-COMPILED: dict[tuple, Callable] = {}  # by model shape, rows, tokens, dtype and device
+COMPILED: dict[tuple, Callable] = {}  # by the shapes of model and cache, dtype and device
 
 
 def compiled_logits(weights: tuple, cache: KVCache, *others) -> Callable[..., Tensor]:
-    "`next_logits`, compiled for these arguments; for others of the same shapes it is there already."
-    shape = tuple(weights[0].shape), len(weights[1]), weights[1][0][4].shape, tuple(cache.keys[0].shape), others[-1]
-    key = *shape, weights[0].dtype, str(weights[0].device)
+    "`next_logits`, compiled for arguments of these shapes, unless it is already."
+    embedding, layers, *_ = weights
+    shapes = (tensor.shape for tensor in (embedding, *layers[0], cache.keys[0], others[0]))
+    key = len(layers), *shapes, others[-1], embedding.dtype, embedding.device
     if key not in COMPILED:
         options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False}
         function = torch.compile(next_logits, fullgraph=True, dynamic=False, options=options)
@@ -1685,30 +1719,15 @@ def compiled_logits(weights: tuple, cache: KVCache, *others) -> Callable[..., Te
 
 
 # %% [markdown]
+# ### Rows come and go
+#
 # The rows of a batch end at different times. When one does, the last row moves into its place, so that no step works
-# for rows that are done; and when an eighth of the batch is free, waiting rows come in ('continuous batching', Yu et
+# for rows that are done; and when an eighth of the places is free, waiting rows come in ('continuous batching', Yu et
 # al. 2022). Samples of one prompt share its pass and copy its cache.
 
 
 # %%
 #| export generation
-def check_request(
-    model: Llama, max_new_tokens: int, temperature: float, top_p: float, eos_id: int | None, counts: dict[str, int]
-):
-    "ValueError for settings of `generate` that are out of range; `counts`: those that have to be 1 or more."
-    for name, value in {"max_new_tokens": max_new_tokens, **counts}.items():
-        least = 0 if name == "max_new_tokens" else 1
-        if not isinstance(value, Integral) or value < least:
-            raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
-    if eos_id is not None and not (isinstance(eos_id, Integral) and 0 <= eos_id < model.config.vocab_size):
-        raise ValueError(f"eos_id {eos_id!r}: expected None, or an id from 0 to {model.config.vocab_size - 1}")
-    real = isinstance(temperature, Real) and isinstance(top_p, Real)
-    if not real or not (temperature == 0 or temperature >= 1e-4) or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature {temperature!r}, top_p {top_p!r}: expected 0 or at least 1e-4, and 0 < top_p <= 1"
-        )
-
-
 class Slots:
     """The rows that grow together, in the first `count` places, with their keys and values in `cache`.
 
@@ -1760,7 +1779,6 @@ class Slots:
             self.full = int((limit - length).min()) - 1
 
 
-@torch.inference_mode()
 def decode(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -1773,9 +1791,9 @@ def decode(
     batch: int,
     compile: bool,
 ) -> Iterator[list[tuple[int, int, float]]]:
-    "Yield (row, token, log-probability) of some rows at a time, in the order of their tokens. Arguments: `generate`."
+    "Yield (row, token, log-probability) of some rows at a time. Arguments as in `generate`; runs in inference mode."
     prompts, context = check_prompts(model, prompts), model.config.max_seq_len
-    check_request(model, max_new_tokens, temperature, top_p, eos_id, {"num_samples": num_samples, "batch": batch})
+    check_settings(model.config.vocab_size, max_new_tokens, temperature, top_p, eos_id, num_samples, batch)
     streams = row_streams(seed, len(prompts), num_samples)
     if not prompts or max_new_tokens < 1:
         return
@@ -1785,7 +1803,8 @@ def decode(
     if compile:
         room = min(context, 2 ** (room - 1).bit_length())  # so that few shapes are compiled
     slots, weights = Slots(model, batch, room, draws), plain_weights(model, device.type == "cpu" and batch >= 16)
-    waiting, read = 0, {}  # the next row to come in; prompts whose samples are coming in: their cache, row and logits
+    waiting, step = 0, None  # the next row to come in
+    read = {}  # prompts whose samples are coming in: their cache, their row there, their logits
     while slots.count or waiting < len(streams):
         first, free = slots.count, batch - slots.count
         if waiting < len(streams) and 8 * free >= batch:
@@ -1800,14 +1819,13 @@ def decode(
                 slots.add(samples, uniform, len(prompts[i]), limits[i], *read[i][:2])
             logits = torch.stack([read[row // num_samples][2] for row in rows])
             read = {i: kept for i, kept in read.items() if (i + 1) * num_samples > waiting}
-        elif compile:
-            arguments = weights, slots.cache, model.rope, slots.inputs[:2], room, True, model.config.norm_eps
-            first, logits = 0, compiled_logits(*arguments)(*arguments)[: slots.count]
-            slots.grow()
         else:
-            inputs, used = slots.inputs[:2, : slots.count], slots.longest + slots.clock + 1
-            logits = next_logits(weights, slots.cache, model.rope, inputs, used, slots.ragged, model.config.norm_eps)
-            first = 0
+            shown, used, ragged = slots.count, slots.longest + slots.clock + 1, slots.ragged
+            if compile:  # everything has its full size, and rows that are not there are computed for nothing
+                shown, used, ragged = batch, room, True
+            arguments = weights, slots.cache, model.rope, slots.inputs[:2, :shown], used, ragged, model.config.norm_eps
+            step = step or (compiled_logits(*arguments) if compile else next_logits)
+            first, logits = 0, step(*arguments)[: slots.count]
             slots.grow()
         fresh, uniform = slice(first, slots.count), None
         if temperature > 0:
@@ -1817,8 +1835,8 @@ def decode(
         tokens, logprobs, rows = drawn.tolist(), logprobs.tolist(), slots.fixed[0, fresh].tolist()
         if not all(map(math.isfinite, logprobs)):
             bad = next(i for i, logprob in enumerate(logprobs) if not math.isfinite(logprob))
-            step = slots.inputs[2, first + bad].item()
-            raise FloatingPointError(f"token {step} of row {rows[bad]}: the logits are not finite")
+            place = slots.inputs[2, first + bad].item()
+            raise FloatingPointError(f"token {place} of row {rows[bad]}: the logits are not finite")
         yield list(zip(rows, tokens, logprobs, strict=True))
         if slots.clock >= slots.full or eos_id in tokens:
             _, _, limit, length = slots.fixed[:, : slots.count]
@@ -1834,6 +1852,7 @@ def decode(
 
 # %%
 #| export generation
+@torch.inference_mode()
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -1851,8 +1870,9 @@ def generate(
     A completion ends with `eos_id`, after `max_new_tokens`, or when the context is full. `logprobs` are of the sampled
     distribution: after temperature, before top-p; at temperature 0, of the untempered one. A row's result depends only
     on its own prompt, its place in the list and the seed; with one seed for each prompt, not even on the place.
-    `batch`: rows that are decoded together at most; others wait. `compile`: torch.compile the step, anew for every
-    shape of weights and cache, which takes a minute and pays off for long runs of few rows.
+    `batch`: the most rows that are decoded together; others wait. On a CPU, 16 or more work on a copy of the weights.
+    `compile`: torch.compile the step, for every new shape of model and cache, which takes some ten seconds; it pays off
+    for a single row.
     Raises ValueError for an empty or too long prompt, an id outside the vocabulary, and settings out of range;
     TypeError for prompts that are not lists of ids; FloatingPointError when the logits are not finite.
     """
@@ -1879,7 +1899,8 @@ def stream(
     compile: bool = False,
 ) -> Iterator[int]:
     "Yield the tokens that continue one prompt as they are drawn: the same tokens, and errors, as `generate` gives."
-    for step in decode(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, 1, 1, compile):
+    steps = torch.inference_mode()(decode)  # on while a token is made, off while the caller has it
+    for step in steps(model, [prompt], max_new_tokens, temperature, top_p, seed, eos_id, 1, 1, compile):
         yield step[0][1]
 
 
@@ -1911,6 +1932,40 @@ with torch.no_grad():
 alone = generate(model, prompts[1:2], max_new_tokens=20, temperature=1.3, top_p=0.9, seed=[3])
 assert generate(model, prompts, 20, 1.3, 0.9, seed=[4, 3, 5])[1].tokens == alone[0].tokens  # neighbours do not matter
 assert list(stream(model, prompts[0], 20, 1.3, 0.9, seed=7)) == hot[0].tokens
+
+# %% [markdown]
+# How rows come and go, with 32 answers and eight places. The model is untrained and has 48 tokens, so that every token
+# ends an answer with a probability of about 1/48.
+
+# %%
+from llama2lib.generation import decode
+
+places, answers = 8, 32
+with torch.inference_mode():
+    passes = list(decode(Llama(replace(config, vocab_size=48)), [[1]] * answers, 100, 1.0, 1.0, 0, 2, 1, places, False))
+continuous = {row: [i for i, step in enumerate(passes) if row in {r for r, *_ in step}] for row in range(answers)}
+waits, now = {}, 0
+for first in range(0, answers, places):  # without: eight rows, and the next eight when the last of them is done
+    group = range(first, first + places)
+    waits |= {row: range(now, now + len(continuous[row])) for row in group}
+    now = max(waits[row].stop for row in group)
+
+fig, axes = plt.subplots(1, 2, figsize=(6.4, 3), sharey=True, sharex=True)
+titles = "a batch waits for its last row", "waiting rows come in"
+for ax, runs, title in zip(axes, (waits, continuous), titles, strict=True):
+    for row, steps in runs.items():
+        ax.barh(row, steps[-1] - steps[0] + 1, left=steps[0], color=plt.cm.tab10(row // places))
+    ax.set(xlabel="passes", title=title)
+axes[0].set_ylabel("answer")
+axes[0].invert_yaxis()
+fig.suptitle(f"{answers} answers on {places} places: {len(passes)} passes, not {now}", fontsize="medium")
+plots.save(fig, "01_batching.png")
+
+# %% [markdown]
+# What it brings is measured beside `transformers` (`make bench`; the table is in the README). Three things made no
+# difference, and are not here: one matrix for queries, keys and values, or for the two sides of SwiGLU; writing all
+# rows' keys at one common place of the cache; compiling a step of many rows, whose time goes into matrix products that
+# no compiler improves.
 
 # %% [markdown]
 # ## Tokenizer

@@ -317,13 +317,13 @@ def summary(rows: list[Row]) -> str:
     )
 
 
-def with_block(path: Path, block: str) -> str:
-    "The text of `path` with `block` between its two ledger markers; ValueError when it lacks them."
+def with_block(path: Path, block: str, name: str = "ledger") -> str:
+    "The text of `path` with `block` between the two markers of this name; ValueError when it lacks them."
     text = path.read_text("utf-8") if path.exists() else ""
-    before, start, rest = text.partition("<!-- ledger -->\n")
-    _, end, after = rest.partition("<!-- /ledger -->")
+    before, start, rest = text.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
     if not (start and end):
-        raise ValueError(f"{path.name}: expected the two lines <!-- ledger --> and <!-- /ledger -->")
+        raise ValueError(f"{path.name}: expected the two lines <!-- {name} --> and <!-- /{name} -->")
     return before + start + block + end + after
 
 def gallery(rows: list[Row]) -> str:

@@ -297,6 +297,12 @@ def test_logits_that_are_not_finite_stop_the_run():
         list(stream(model, [1], 4))
 
 
+def test_it_runs_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        completions = generate(random_model(), PROMPTS, 8, temperature=1.0, batch=2)
+    assert all(len(c.tokens) == 8 for c in completions)
+
+
 def test_it_runs_in_bfloat16():
     completions = generate(random_model().bfloat16(), PROMPTS, 8, temperature=1.0)
     assert all(len(c.tokens) == 8 for c in completions)
