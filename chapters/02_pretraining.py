@@ -2212,6 +2212,9 @@ def _cause(error: BaseException) -> BaseException:
 # every field of the record is an option. The same command under `torchrun` uses all the GPUs it is given. A run that
 # finds a checkpoint in its folder goes on from there; if the checkpoint is of another recipe or other data, it says
 # what differs and stops.
+#
+# Only the data and the loop are pretraining's own. The rest (weights, log, progress, checkpoints, the command line) is
+# what every later stage needs too, so it stands in `train` and `command`, which take the loop as an argument.
 
 
 # %%
@@ -2225,7 +2228,8 @@ import tyro
 from torch.distributed.elastic.multiprocessing.errors import record
 from tqdm import tqdm
 
-MAY_CHANGE = ("data", "out", "micro_batch", "parallel", "save_every", "keep", "tensorboard")  # between parts of a run
+# between parts of a run; the contents of data and tokenizer may not: their digest is compared
+MAY_CHANGE = ("data", "tokenizer", "out", "micro_batch", "parallel", "save_every", "keep", "tensorboard")
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
 
 
@@ -2258,10 +2262,10 @@ def vocabulary_of(config: PretrainConfig) -> Tokenizer | None:
     return next((Tokenizer(folder) for folder in folders if (folder / "tokenizer.model").exists()), None)
 
 
-def settings(config: PretrainConfig, data: Shards) -> dict:
-    "What must not change while a run goes on, as JSON."
+def settings(config: PretrainConfig, digest: str) -> dict:
+    "What must not change while a run goes on, the data's digest included, as JSON."
     fields = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
-    return json.loads(json.dumps(fields | {"data digest": data.digest}))
+    return json.loads(json.dumps(fields | {"data digest": digest}))
 
 
 def check_same(found: dict, ours: dict, where: Path):
@@ -2318,6 +2322,63 @@ def measured(step: Step, model: Llama, length: int, seconds: float, tokens: int)
     return step._asdict() | {"tokens_per_second": speed, "mfu": mfu, "peak_memory_GiB": memory}
 
 
+def train(
+    config: PretrainConfig,
+    device: torch.device,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    digest: str,
+    steps: int,
+    loop: Callable[[Llama, torch.optim.Optimizer, int], Iterator[Step]],
+    title: str,
+) -> Path:
+    """What the runs of all training stages share: weights, log, bar, checkpoints, resuming; returns out/model.
+
+    `config`: a stage's record, with the fields of PretrainConfig that are read here. `digest`: of the stage's data.
+    `loop(model, optimizer, start)` yields the run's `steps` steps from `start` on. Errors are those of `run`.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    states = StateFolder(config.out, config.keep, in_background=device.type == "cuda")
+    newest = states.latest()
+    model = fresh_or_loaded(config, vocab_size, device, load=newest is None)
+    optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
+    tensors, facts, start = training_tensors(model, optimizer), {"settings": settings(config, digest)}, 0
+    if newest:
+        check_same(states.facts()["settings"], facts["settings"], newest)
+        start = states.load(tensors)["step"]
+    log = Log(config.out, start, config.tensorboard) if first else None
+    lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar
+    bar = tqdm(total=steps, initial=start, unit="step", desc=title, disable=not first or lines)
+    tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
+    try:
+        for step in loop(model, optimizer, start):
+            states.poll()
+            now = time.perf_counter()
+            line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
+            if first:
+                log.write(line)
+                speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+                speed += f" | {line['mfu']:.0%} MFU" if line["mfu"] else ""
+                shown = f"loss {step.loss:.4f} | lr {step.lr:.1e} | {speed}"
+                bar.set_postfix_str(shown, refresh=False)
+                bar.update()
+                if lines and (step.step + 1) % max(1, steps // 20) == 0:
+                    print(f"step {step.step + 1} of {steps} | {shown}", flush=True)
+            if (step.step + 1) % config.save_every == 0 or step.step + 1 == steps:
+                states.save(step.step + 1, tensors, facts)
+                clock = time.perf_counter()
+        states.wait()
+    except FloatingPointError as error:
+        states.wait()
+        raise FloatingPointError(f"{error}; the last good checkpoint is {states.latest() or 'none'}") from None
+    finally:
+        bar.close()
+        if log:
+            log.close()
+    save_checkpoint(model, config.out / "model", tokenizer, dtype=torch.bfloat16 if device.type == "cuda" else None)
+    return config.out / "model"
+
+
 def run(config: PretrainConfig) -> Path:
     """Pretrain, or go on pretraining, as `config` says; returns the folder of the trained model.
 
@@ -2326,53 +2387,18 @@ def run(config: PretrainConfig) -> Path:
     names the place, and the last good checkpoint stays.
     """
     with processes() as device:
-        tokenizer, first = vocabulary_of(config), not dist.is_initialized() or dist.get_rank() == 0
+        tokenizer = vocabulary_of(config)
         data = Shards(config.data, tokenizer)
-        states = StateFolder(config.out, config.keep, in_background=device.type == "cuda")
-        newest = states.latest()
-        model = fresh_or_loaded(config, data.header["vocab_size"], device, load=newest is None)
-        optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
-        tensors, facts, start = training_tensors(model, optimizer), {"settings": settings(config, data)}, 0
-        if newest:
-            check_same(states.facts()["settings"], facts["settings"], newest)
-            start = states.load(tensors)["step"]
-        log = Log(config.out, start, config.tensorboard) if first else None
-        lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar
-        bar = tqdm(total=config.steps, initial=start, unit="step", desc="pretraining", disable=not first or lines)
-        tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
-        try:
-            for step in pretrain(model, data, config, optimizer=optimizer, start=start):
-                states.poll()
-                now = time.perf_counter()
-                line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
-                if first:
-                    log.write(line)
-                    speed = f"{line['tokens_per_second']:,.0f} tokens/s"
-                    speed += f" | {line['mfu']:.0%} MFU" if line["mfu"] else ""
-                    shown = f"loss {step.loss:.4f} | lr {step.lr:.1e} | {speed}"
-                    bar.set_postfix_str(shown, refresh=False)
-                    bar.update()
-                    if lines and (step.step + 1) % max(1, config.steps // 20) == 0:
-                        print(f"step {step.step + 1} of {config.steps} | {shown}", flush=True)
-                if (step.step + 1) % config.save_every == 0 or step.step + 1 == config.steps:
-                    states.save(step.step + 1, tensors, facts)
-                    clock = time.perf_counter()
-            states.wait()
-        except FloatingPointError as error:
-            states.wait()
-            raise FloatingPointError(f"{error}; the last good checkpoint is {states.latest() or 'none'}") from None
-        finally:
-            bar.close()
-            if log:
-                log.close()
-        save_checkpoint(model, config.out / "model", tokenizer, dtype=torch.bfloat16 if device.type == "cuda" else None)
-    return config.out / "model"
+
+        def loop(model, optimizer, start):
+            return pretrain(model, data, config, optimizer=optimizer, start=start)
+
+        vocab_size = data.header["vocab_size"]
+        return train(config, device, tokenizer, vocab_size, data.digest, config.steps, loop, "pretraining")
 
 
-@record
-def cli(prog: str = "python -m llama2lib.pretrain"):
-    "python -m llama2lib.pretrain RECIPE [options]: train a base model (section 2.2); under torchrun, on all its ranks."
-    recipes = {name: (f"{config.tokens:,} tokens, peak lr {config.lr:g}", config) for name, config in PRETRAIN.items()}
+def command(run: Callable, recipes: dict[str, tuple[str, object]], prog: str):
+    "A stage's command line: run a recipe, {name: (description, record)}, with options; errors become one line."
     config = tyro.extras.overridable_config_cli(recipes, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     try:
         run(config)
@@ -2380,6 +2406,13 @@ def cli(prog: str = "python -m llama2lib.pretrain"):
         if "RANK" in os.environ:  # torchrun wants to know which rank failed where
             raise
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+@record
+def cli(prog: str = "python -m llama2lib.pretrain"):
+    "python -m llama2lib.pretrain RECIPE [options]: train a base model (section 2.2); under torchrun, on all its ranks."
+    recipes = {name: (f"{config.tokens:,} tokens, peak lr {config.lr:g}", config) for name, config in PRETRAIN.items()}
+    command(run, recipes, prog)
 
 
 # %% [markdown]
