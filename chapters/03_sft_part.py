@@ -101,8 +101,8 @@ for wrong in (emma[1:2] * 2, emma[2:], [{"role": "user", "content": "Hi [/INST] 
 # %% [markdown]
 # ### Where an answer begins
 #
-# Training needs to know which tokens are the answer's. A pair is encoded as one string, and a tokenizer may merge across
-# any place in a string, so it is not obvious that there is a token border between prompt and answer at all.
+# Training needs to know which tokens are the answer's. A pair is encoded as one string, and a tokenizer may merge
+# across any place in a string, so it is not obvious that there is a token border between prompt and answer at all.
 # Encoding both parts by themselves and joining the tokens would give a border, and perhaps other tokens than the
 # released code's; looking for the tokens of `[/INST]` in the middle of a text is worse, for their ids depend on what
 # stands around them.
@@ -244,3 +244,470 @@ from llama2lib.dialog import read_dialogs, write_dialogs
 
 write_dialogs(folder / "dialogs.jsonl", [emma, emma[1:3]])
 assert read_dialogs(folder / "dialogs.jsonl") == [emma, emma[1:3]]
+
+# %% [markdown]
+# ## Rows
+#
+# Section 3.1 trains on sequences of 4,096 tokens. Most conversations are a tenth of that, so a row each would be mostly
+# empty. The paper's remedy, to fill the sequences properly, is to concatenate all prompts and answers of the training
+# set; the loss on tokens of the prompts is set to zero. It does not say whether what stands together in a row can see
+# each other.
+#
+# > Ours: both readings, to choose from. *Concatenation*: the conversations stand one behind the other, the stream is
+# > cut every 4,096 tokens, and a token sees everything in front of it in its row, other conversations included. One
+# > that lies across a cut goes on in the next row without its beginning; nothing is lost. *Block-diagonal*: a
+# > conversation stays whole and sees itself only, at positions from 0, as if it were alone in its row. One that is
+# > longer than a row is refused.
+#
+# A conversation is whole only if the row has room, which is a packing problem. Best fit, the longest first: each goes
+# where the least room is left that still holds it.
+
+
+# %%
+#| export sft
+import hashlib
+import math
+import os
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from llama2lib.dialog import encode_dialog, read_dialogs
+from llama2lib.distributed import Parallel, data_ranks, processes
+from llama2lib.model import Llama
+from llama2lib.optim import adamw, cosine_lr
+from llama2lib.pretrain import IGNORE, Step, command, next_token_loss, train, train_step
+from llama2lib.shards import shuffled
+from llama2lib.tokenizer import Tokenizer
+
+Example = tuple[Sequence[int], Sequence[int]]  # tokens, and a mask that is 1 on those to learn, as of `encode_dialog`
+
+
+def best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    "Rows of `length` that hold things of these sizes, as lists of their numbers; how many depends on the sizes alone."
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (what is left, row), sorted
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        place = bisect_left(room, (sizes[number], 0))
+        left, row = room.pop(place) if place < len(room) else (length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(number)
+        insort(room, (left - sizes[number], row))
+    return rows
+
+
+# %%
+from llama2lib.sft import best_fit
+
+rows = best_fit([5, 3, 7, 2, 4, 9], length=10)
+print(rows)
+assert rows == [[5], [2, 1], [0, 4], [3]]
+
+# %% [markdown]
+# A row has a token and a target at each position: the token that comes next, if it counts, or else `IGNORE`. The last
+# token of a conversation is only ever a target, so when it stands by itself it needs one position less than it has
+# tokens. Positions that are left over hold token 0, and neither they nor anything else learns from them.
+#
+# In a row of whole conversations `documents` numbers them (filling is -1). The mask and the positions follow from it,
+# in the model.
+
+
+# %%
+#| export sft
+class Rows(NamedTuple):
+    "Rows to train on, each (R T) int64: tokens; targets or IGNORE; and, for block-diagonal attention, documents or -1."
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+
+
+def check_example(tokens: Sequence[int], mask: Sequence[int], length: int | None):
+    "ValueError when there is nothing to learn, or, with a `length`, when a row of it cannot hold the example whole."
+    if len(tokens) != len(mask):
+        raise ValueError(f"{len(tokens)} tokens, and a mask of {len(mask)}: expected as many")
+    if not any(mask):
+        raise ValueError(f"none of its {len(tokens)} tokens are an answer's: nothing to learn")
+    if mask[0]:
+        raise ValueError("its first token counts, but nothing stands in front of it to predict it from")
+    if length is not None and len(tokens) > length + 1:
+        raise ValueError(f"{len(tokens)} tokens do not fit into a row of {length}: shorten it, or concatenate instead")
+
+
+def check_examples(examples: Sequence[Example], length: int | None = None):
+    "`check_example` for all of them; ValueError names the first that fails by number, from 0, or that there is none."
+    if not examples:
+        raise ValueError("no examples to train on")
+    for number, (tokens, mask) in enumerate(examples):
+        try:
+            check_example(tokens, mask, length)
+        except ValueError as error:
+            raise ValueError(f"example {number}: {error}") from None
+
+
+def pack(examples: Sequence[Example], length: int, block_diagonal: bool = False) -> Rows:
+    """Rows of `length` tokens with all of the examples, and targets where their masks are 1 (section 3.1).
+
+    By concatenation, in their order and over the rows' borders; or, `block_diagonal`, whole ones where they fit best.
+    ValueError as in `check_examples`; one that is longer than a row is an error only if it has to stay whole.
+    """
+    check_examples(examples, length if block_diagonal else None)
+    if block_diagonal:
+        return _pack_whole(examples, length)
+    stream = np.fromiter(chain.from_iterable(tokens for tokens, _ in examples), np.int64)
+    counts = np.fromiter(chain.from_iterable(mask for _, mask in examples), bool)
+    shape = math.ceil((len(stream) - 1) / length), length
+    tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE)
+    tokens.ravel()[: len(stream) - 1] = stream[:-1]
+    targets.ravel()[: len(stream) - 1] = np.where(counts[1:], stream[1:], IGNORE)
+    return Rows(torch.from_numpy(tokens), torch.from_numpy(targets), None)
+
+
+def _pack_whole(examples: Sequence[Example], length: int) -> Rows:
+    groups = best_fit([len(tokens) - 1 for tokens, _ in examples], length)
+    tokens, targets, documents = (np.full((len(groups), length), fill) for fill in (0, IGNORE, -1))
+    for row, group in enumerate(groups):
+        begin = 0
+        for document, number in enumerate(group):
+            ids, mask = (np.asarray(part) for part in examples[number])
+            place = slice(begin, begin := begin + len(ids) - 1)
+            tokens[row, place], documents[row, place] = ids[:-1], document
+            targets[row, place] = np.where(mask[1:], ids[1:], IGNORE)
+    return Rows(*map(torch.from_numpy, (tokens, targets, documents)))
+
+
+# %% [markdown]
+# Three conversations in rows of 60, both ways. Dots are targets that do not count.
+
+# %%
+from llama2lib.sft import IGNORE, pack
+
+dialogs = [emma, emma[1:3], [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]]
+examples = [encode_dialog(tokenizer, messages) for messages in dialogs]
+for block_diagonal in (False, True):
+    try:
+        packed = pack(examples, 60, block_diagonal)
+    except ValueError as error:
+        print(error)
+        packed = pack(examples[1:], 60, block_diagonal)
+    for row in range(len(packed.tokens)):
+        print("".join("." if t == IGNORE else "#" for t in packed.targets[row]))
+    if block_diagonal:
+        print("".join("-" if d < 0 else f"{d}" for d in packed.documents[0].tolist()))
+
+everything = [token for tokens, mask in examples for token, m in zip(tokens, mask, strict=True) if m]
+packed = pack(examples, 60)
+assert packed.targets[packed.targets != IGNORE].tolist() == everything
+
+# %% [markdown]
+# How much is left empty? Concatenation fills all rows but the last. For whole conversations of the packaged corpus, cut
+# into question and answer, it depends on how long they are beside a row:
+
+# %%
+questions = []
+for text in PACKAGED["conversations"][0]():
+    turns = [line[3:] for line in text.split("\n") if line[:2] in ("A:", "B:")][:4]
+    if len(turns) == 4:
+        roles = ("user", "assistant", "user", "assistant")
+        questions.append([{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)])
+examples = [encode_dialog(tokenizer, messages) for messages in questions]
+lengths = [len(tokens) for tokens, _ in examples]
+print(f"{len(examples)} conversations of {np.median(lengths):.0f} tokens (median), at most {max(lengths)}")
+for length in (512, 1024, 4096):
+    fitting = [example for example in examples if len(example[0]) <= length + 1]
+    whole, joined = pack(fitting, length, block_diagonal=True), pack(fitting, length)
+    used = [sum(len(tokens) - 1 for tokens, _ in fitting), sum(len(tokens) for tokens, _ in fitting) - 1]
+    empty = [1 - n / packed.tokens.numel() for n, packed in zip(used, (whole, joined), strict=True)]
+    print(f"rows of {length:4}: {empty[0]:.2%} empty with whole conversations, {empty[1]:.2%} by concatenation")
+
+# %% [markdown]
+# ## The recipe
+#
+# Section 3.1 names the learning rate, its cosine, the weight decay, the batch, the length and the two epochs.
+#
+# > Ours: everything else. AdamW's constants and the clipping are those of pretraining. The cosine ends at a tenth of
+# > its peak, as there. The warm-up is 3 % of the steps, as the paper has it for the reward model (section 3.2.2).
+
+
+# %%
+#| export sft
+@dataclass(frozen=True)
+class SFTConfig:
+    """A supervised fine-tuning run; the recipe's defaults are the paper's (section 3.1).
+
+    ValueError, naming the numbers, for a recipe that cannot work.
+    """
+
+    model: str = "runs/pretrain/model"  # the checkpoint folder to begin with, Hugging Face's layout or Meta's
+    lr: float = 2e-5  # at the end of the warm-up
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-5  # of AdamW
+    weight_decay: float = 0.1  # of matrices; the norms' weights are exempt
+    grad_clip: float = 1.0  # largest norm of the gradient
+    warmup: float = 0.03  # share of the steps in which the learning rate rises to its peak
+    final_lr: float = 0.1  # share of the peak that the cosine ends at
+    batch_rows: int = 64  # rows of one optimiser step, over all GPUs; an epoch's last step may have fewer
+    max_seq_len: int = 4096  # tokens of a row
+    epochs: int = 2  # how often all examples are seen
+    block_diagonal: bool = False  # whole conversations that do not see each other, not the paper's concatenation
+    seed: int = 0  # of the order of the examples
+
+    data: Path = Path("sft.jsonl")  # conversations, an object with `messages` a line
+    tokenizer: Path | None = None  # SentencePiece file; none: the one in the model's folder
+    out: Path = Path("runs/sft")  # log, checkpoints, and the trained model as a Hugging Face folder
+    micro_batch: int = 8  # rows in one forward pass of one GPU; the rest of the batch is accumulated
+    parallel: Parallel = field(default_factory=Parallel)
+    save_every: int = 200  # steps between checkpoints, from which the same command resumes
+    keep: int = 2  # checkpoints that are kept
+    tensorboard: bool = False  # beside out/log.jsonl
+
+    def __post_init__(self):
+        for name in ("batch_rows", "max_seq_len", "epochs", "micro_batch", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup {self.warmup}: expected a share of the steps, from 0 to below 1")
+        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
+            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
+
+
+SFT = {
+    "paper": SFTConfig(micro_batch=2, parallel=Parallel(ac="selective", compile=True, reduce="micro_batch")),
+    "mini": SFTConfig(lr=1e-3, batch_rows=8, max_seq_len=256),
+}
+
+# %%
+from llama2lib.sft import SFT
+
+constants = paper.TEXT["Section 3.1"]
+for claim, name in (
+    ("lr", "lr"),
+    ("weight_decay", "weight_decay"),
+    ("batch_size", "batch_rows"),
+    ("max_seq_len", "max_seq_len"),
+    ("epochs", "epochs"),
+):
+    ledger.record(
+        "Section 3.1", claim, "preset", constants[claim], getattr(SFT["paper"], name),
+        evidence=f"llama2lib/sft.py::{name}",
+    )  # fmt: skip
+
+# %% [markdown]
+# ## Steps
+#
+# Each epoch puts the examples in an order of its own and packs them anew, so that other conversations meet in a row and
+# the cuts fall elsewhere. Whole conversations are packed by length, so there the rows are shuffled as well: otherwise
+# the long ones would come first. Packing depends on lengths alone, and so every epoch has as many rows. An epoch ends
+# with its last row, in a step that may have fewer.
+
+
+# %%
+#| export sft
+class Batches:
+    "The rows of every step of a run. ValueError, naming the example, for examples that cannot be packed (see `pack`)."
+
+    def __init__(self, examples: Sequence[Example], config: SFTConfig):
+        self.examples, self.config = examples, config
+        check_examples(examples, config.max_seq_len if config.block_diagonal else None)
+        self.epoch, self.packed = 0, self._pack(0)
+        self.rows_per_epoch = len(self.packed.tokens)
+        self.steps_per_epoch = math.ceil(self.rows_per_epoch / config.batch_rows)
+
+    def __len__(self) -> int:
+        "Steps of all epochs."
+        return self.config.epochs * self.steps_per_epoch
+
+    def _pack(self, epoch: int) -> Rows:
+        size, key = len(self.examples), (self.config.seed, epoch)
+        order = shuffled(np.arange(size), size, key)
+        packed = pack([self.examples[i] for i in order], self.config.max_seq_len, self.config.block_diagonal)
+        if not self.config.block_diagonal:
+            return packed
+        order = shuffled(np.arange(len(packed.tokens)), len(packed.tokens), (*key, 1))
+        return Rows(*(part[order] for part in packed))
+
+    def rows_before(self, step: int) -> int:
+        "How many rows the steps in front of this one have."
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch * self.rows_per_epoch + place * self.config.batch_rows
+
+    def rows(self, step: int) -> Rows:
+        "The rows of a step: `batch_rows`, or what is left of the epoch."
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.packed = epoch, self._pack(epoch)
+        these = slice(place * self.config.batch_rows, (place + 1) * self.config.batch_rows)
+        return Rows(*(part if part is None else part[these] for part in self.packed))
+
+    def summary(self) -> str:
+        "A line of numbers: examples, targets and rows of an epoch, how full these are, how many examples are cut."
+        sizes = np.array([len(tokens) for tokens, _ in self.examples])
+        targets = sum(sum(mask) for _, mask in self.examples)
+        filled = (sizes - 1).sum() if self.config.block_diagonal else sizes.sum() - 1
+        line = f"{len(sizes):,} examples with {targets:,} tokens to learn, in {self.rows_per_epoch:,} rows of "
+        line += f"{self.config.max_seq_len:,}, {filled / self.packed.tokens.numel():.1%} full; "
+        if self.config.block_diagonal:
+            return line + "all of them whole"
+        ends = np.cumsum(sizes[shuffled(np.arange(len(sizes)), len(sizes), (self.config.seed, 0))])
+        cut = ((ends - 2) // self.config.max_seq_len > (ends - sizes) // self.config.max_seq_len).sum()
+        return line + f"{cut:,} go on in the next row"
+
+
+# %%
+from llama2lib.sft import Batches
+
+recipe = replace(SFT["mini"], max_seq_len=512)
+batches = Batches([example for example in examples if len(example[0]) <= 513], recipe)
+print(batches.summary())
+assert len(batches) == 2 * batches.steps_per_epoch and batches.rows_before(len(batches)) == 2 * batches.rows_per_epoch
+
+# %% [markdown]
+# The loss of a step is the sum over its answer tokens, divided by their number. Ranks and micro-batches hold different
+# numbers of them, so a mean of their means would give a token in a poor micro-batch more weight than one in a rich one.
+# Every rank has the rows of all ranks at hand and counts for itself; `train_step` does the rest as in pretraining. A
+# rank whose share is short gets rows without targets, so that all of them call the network equally often.
+
+
+# %%
+#| export sft
+def rank_parts(rows: Rows, share: int, rank: int, micro_batch: int, device=None) -> list[tuple[Tensor, ...]]:
+    "Micro-batches of a rank's `share` of the rows; what the rows do not fill is filled up with rows without targets."
+    mine = []
+    for part, filling in zip(rows, (0, IGNORE, -1), strict=True):
+        if part is not None:
+            part = part[rank * share : (rank + 1) * share]
+            mine.append(F.pad(part, (0, 0, 0, share - len(part)), value=filling).to(device).split(micro_batch))
+    return list(zip(*mine, strict=True))
+
+
+def sft(
+    model: Llama,
+    examples: Sequence[Example],
+    config: SFTConfig,
+    optimizer: torch.optim.Optimizer | None = None,
+    start: int = 0,
+) -> Iterator[Step]:
+    """Fine-tune `model` on examples from `encode_dialog`, yielding a `Step` after each (section 3.1).
+
+    `loss` is the mean over the step's answer tokens; `tokens` counts positions, filling included. With the `optimizer`
+    of an earlier part of the run, `start` at a later step. Leaves the model in training mode. ValueError, naming the
+    example, as in `pack`; FloatingPointError, before the weights change, when loss or gradient are not finite.
+    """
+    batches = Batches(examples, config)
+    device, steps = model.tok_embeddings.weight.device, len(batches)
+    optimizer = optimizer or adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
+    rank, ranks, group = data_ranks(model)
+    whole_loss = config.parallel.compile and group is None
+    loss_of = torch.compile(next_token_loss, dynamic=False) if whole_loss else next_token_loss
+    share = math.ceil(config.batch_rows / ranks)
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    for step in range(start, steps):
+        lr = cosine_lr(step, config.lr, round(config.warmup * steps), steps, config.final_lr)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        rows = batches.rows(step)
+        targets = int((rows.targets != IGNORE).sum())  # on all ranks
+        parts = rank_parts(rows, share, rank, config.micro_batch, device)
+        end = batches.rows_before(step + 1)
+        try:
+            loss, norm = train_step(
+                model, optimizer, parts, max(1, targets), config.grad_clip, config.parallel.reduce, loss_of
+            )
+        except FloatingPointError as error:
+            where = f"rows {end - len(rows.tokens)} to {end - 1}, of {batches.rows_per_epoch} in an epoch"
+            raise FloatingPointError(f"step {step}: {error}; {where}") from None
+        yield Step(step, loss, lr, norm, end * config.max_seq_len)
+
+
+# %% [markdown]
+# A tiny model learns a few conversations by heart, and what it learns are the answers: the loss falls on them, and not
+# on the questions.
+
+# %%
+from llama2lib.pretrain import next_token_loss
+from llama2lib.sft import sft
+
+
+@torch.no_grad()
+def loss_where(model: Llama, examples: list, wanted: int) -> float:
+    "Mean loss per token of the answers (1) or of the prompts (0)."
+    total = count = 0
+    for tokens, mask in examples:
+        row, keep = torch.tensor([tokens]), torch.tensor([mask])[:, 1:] == wanted
+        total += next_token_loss(model, row[:, :-1], torch.where(keep, row[:, 1:], IGNORE)).item()
+        count += keep.sum().item()
+    return total / count
+
+
+torch.manual_seed(0)
+tiny, few = Llama(replace(LLAMA2["debug"], max_seq_len=256)), [e for e in examples if len(e[0]) <= 256][:8]
+before = [loss_where(tiny, few, wanted) for wanted in (1, 0)]
+recipe = replace(SFT["mini"], lr=1e-2, batch_rows=2, epochs=30)
+losses = [step.loss for step in sft(tiny, few, recipe)]
+after = [loss_where(tiny, few, wanted) for wanted in (1, 0)]
+print(f"answers {before[0]:.2f} → {after[0]:.2f} nats a token, prompts {before[1]:.2f} → {after[1]:.2f}")
+assert after[0] < before[0] - 2 and after[0] < after[1] - 1
+
+# %% [markdown]
+# ## The run
+#
+# `python -m llama2lib.sft` begins with any checkpoint folder, Meta's Llama 2 included, and a file of conversations. The
+# first argument names a recipe, and every field of the record is an option; under `torchrun` the same command uses all
+# the GPUs it is given, and a run that finds a checkpoint in its folder goes on from there. A conversation that cannot
+# be trained on stops it with the line of the file.
+
+
+# %%
+#| export sft
+def read_examples(path: Path, tokenizer: Tokenizer, length: int | None = None) -> list[Example]:
+    """The examples of a JSONL file of conversations, each of which has to end with an answer.
+
+    ValueError with file and line as in `read_dialogs`, and for one that a row of `length`, if given, cannot hold whole.
+    """
+    examples = []
+    for number, messages in enumerate(read_dialogs(path), 1):
+        try:
+            if messages[-1]["role"] != "assistant":
+                raise ValueError(f"message {len(messages) - 1}: a user's comes last; expected an answer to it")
+            examples.append(encode_dialog(tokenizer, messages))
+            check_example(*examples[-1], length)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return examples
+
+
+def run(config: SFTConfig) -> Path:
+    """Fine-tune, or go on fine-tuning, as `config` says; returns the folder of the trained model.
+
+    Writes out/log.jsonl, out/step-…, and out/model, a Hugging Face folder, at the end. Errors as in `pretrain.run`.
+    """
+    with processes() as device:
+        tokenizer = Tokenizer(config.tokenizer or config.model)
+        examples = read_examples(config.data, tokenizer, config.max_seq_len if config.block_diagonal else None)
+        batches = Batches(examples, config)
+        if os.environ.get("RANK", "0") == "0":
+            print(batches.summary())
+        digest = hashlib.sha256(config.data.read_bytes() + tokenizer.digest.encode()).hexdigest()
+
+        def loop(model, optimizer, start):
+            return sft(model, examples, config, optimizer, start)
+
+        return train(config, device, tokenizer, tokenizer.vocab_size, digest, len(batches), loop, "fine-tuning")
+
+
+@record
+def cli(prog: str = "python -m llama2lib.sft"):
+    "python -m llama2lib.sft RECIPE [options]: fine-tune on conversations (section 3.1); under torchrun, on all ranks."
+    about = {name: f"{c.epochs} epochs, rows of {c.max_seq_len:,}, peak lr {c.lr:g}" for name, c in SFT.items()}
+    command(run, {name: (about[name], config) for name, config in SFT.items()}, prog)
