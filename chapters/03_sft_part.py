@@ -259,8 +259,10 @@ assert read_dialogs(folder / "dialogs.jsonl") == [emma, emma[1:3]]
 # > conversation stays whole and sees itself only, at positions from 0, as if it were alone in its row. One that is
 # > longer than a row is refused.
 #
-# A conversation is whole only if the row has room, which is a packing problem. Best fit, the longest first: each goes
-# where the least room is left that still holds it.
+# Whole conversations make it a packing problem. The usual rule (each goes where the least room is left that still holds
+# it, the longest first) leaves 2 % empty when a row holds five of them. A better one takes a row at a time: the longest
+# that waits, and with it those that fill the rest of the row as exactly as can be. Which sums of lengths can be had is
+# one whole number, bit $n$ for a sum of $n$: to add a conversation of length $s$ is to shift it by $s$ and merge.
 
 
 # %%
@@ -268,8 +270,7 @@ assert read_dialogs(folder / "dialogs.jsonl") == [emma, emma[1:3]]
 import hashlib
 import math
 import os
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -292,24 +293,49 @@ from llama2lib.tokenizer import Tokenizer
 Example = tuple[Sequence[int], Sequence[int]]  # tokens, and a mask that is 1 on those to learn, as of `encode_dialog`
 
 
-def best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+def closest_sum(sizes: Iterable[int], total: int) -> list[int]:
+    "Some of the sizes, whose sum comes closest to `total` from below or is `total`."
+    taken: list[int] = []
+    sums = [1]  # bit n of item k: the first k sizes taken can give n
+    for size in sizes:
+        new = (sums[-1] | sums[-1] << size) & ((1 << total + 1) - 1)
+        if new != sums[-1]:
+            taken.append(size)
+            sums.append(new)
+        if new >> total:
+            break
+    rest, chosen = sums[-1].bit_length() - 1, []
+    for size, before in zip(reversed(taken), reversed(sums[:-1]), strict=True):
+        if not before >> rest & 1:
+            chosen.append(size)
+            rest -= size
+    return chosen
+
+
+def fill_rows(sizes: Sequence[int], length: int) -> list[list[int]]:
     "Rows of `length` that hold things of these sizes, as lists of their numbers; how many depends on the sizes alone."
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (what is left, row), sorted
+    waiting: dict[int, list[int]] = {}  # numbers by size, the longest first
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        place = bisect_left(room, (sizes[number], 0))
-        left, row = room.pop(place) if place < len(room) else (length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(number)
-        insort(room, (left - sizes[number], row))
+        waiting.setdefault(sizes[number], []).append(number)
+    rows = []
+    while waiting:
+        longest = next(iter(waiting))
+        rest = length - longest
+        others = ((size, len(numbers) - (size == longest)) for size, numbers in waiting.items() if size <= rest)
+        fitting = (size for size, count in others for _ in range(min(count, rest // size)))
+        rows.append([])
+        for size in [longest, *closest_sum(fitting, rest)]:
+            rows[-1].append(waiting[size].pop())
+            if not waiting[size]:
+                del waiting[size]
     return rows
 
 
 # %%
-from llama2lib.sft import best_fit
+from llama2lib.sft import closest_sum, fill_rows
 
-rows = best_fit([5, 3, 7, 2, 4, 9], length=10)
+assert sum(closest_sum([9, 7, 5, 3], 13)) == 12 and closest_sum([4], 3) == []
+rows = fill_rows([5, 3, 7, 2, 4, 9], length=10)
 print(rows)
 assert rows == [[5], [2, 1], [0, 4], [3]]
 
@@ -374,7 +400,7 @@ def pack(examples: Sequence[Example], length: int, block_diagonal: bool = False)
 
 
 def _pack_whole(examples: Sequence[Example], length: int) -> Rows:
-    groups = best_fit([len(tokens) - 1 for tokens, _ in examples], length)
+    groups = fill_rows([len(tokens) - 1 for tokens, _ in examples], length)
     tokens, targets, documents = (np.full((len(groups), length), fill) for fill in (0, IGNORE, -1))
     for row, group in enumerate(groups):
         begin = 0

@@ -2,7 +2,8 @@
 
 __all__ = [
     "Example",
-    "best_fit",
+    "closest_sum",
+    "fill_rows",
     "Rows",
     "check_example",
     "check_examples",
@@ -23,8 +24,7 @@ __all__ = [
 import hashlib
 import math
 import os
-from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -47,17 +47,41 @@ from llama2lib.tokenizer import Tokenizer
 Example = tuple[Sequence[int], Sequence[int]]  # tokens, and a mask that is 1 on those to learn, as of `encode_dialog`
 
 
-def best_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+def closest_sum(sizes: Iterable[int], total: int) -> list[int]:
+    "Some of the sizes, whose sum comes closest to `total` from below or is `total`."
+    taken: list[int] = []
+    sums = [1]  # bit n of item k: the first k sizes taken can give n
+    for size in sizes:
+        new = (sums[-1] | sums[-1] << size) & ((1 << total + 1) - 1)
+        if new != sums[-1]:
+            taken.append(size)
+            sums.append(new)
+        if new >> total:
+            break
+    rest, chosen = sums[-1].bit_length() - 1, []
+    for size, before in zip(reversed(taken), reversed(sums[:-1]), strict=True):
+        if not before >> rest & 1:
+            chosen.append(size)
+            rest -= size
+    return chosen
+
+
+def fill_rows(sizes: Sequence[int], length: int) -> list[list[int]]:
     "Rows of `length` that hold things of these sizes, as lists of their numbers; how many depends on the sizes alone."
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (what is left, row), sorted
+    waiting: dict[int, list[int]] = {}  # numbers by size, the longest first
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        place = bisect_left(room, (sizes[number], 0))
-        left, row = room.pop(place) if place < len(room) else (length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(number)
-        insort(room, (left - sizes[number], row))
+        waiting.setdefault(sizes[number], []).append(number)
+    rows = []
+    while waiting:
+        longest = next(iter(waiting))
+        rest = length - longest
+        others = ((size, len(numbers) - (size == longest)) for size, numbers in waiting.items() if size <= rest)
+        fitting = (size for size, count in others for _ in range(min(count, rest // size)))
+        rows.append([])
+        for size in [longest, *closest_sum(fitting, rest)]:
+            rows[-1].append(waiting[size].pop())
+            if not waiting[size]:
+                del waiting[size]
     return rows
 
 class Rows(NamedTuple):
@@ -110,7 +134,7 @@ def pack(examples: Sequence[Example], length: int, block_diagonal: bool = False)
 
 
 def _pack_whole(examples: Sequence[Example], length: int) -> Rows:
-    groups = best_fit([len(tokens) - 1 for tokens, _ in examples], length)
+    groups = fill_rows([len(tokens) - 1 for tokens, _ in examples], length)
     tokens, targets, documents = (np.full((len(groups), length), fill) for fill in (0, IGNORE, -1))
     for row, group in enumerate(groups):
         begin = 0
