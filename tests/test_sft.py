@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llama2lib import paper
 from llama2lib import sft as module
-from llama2lib.checkpoint import load_checkpoint, save_checkpoint
+from llama2lib.checkpoint import load_checkpoint, save_checkpoint, save_meta
 from llama2lib.dialog import encode_dialog, write_dialogs
 from llama2lib.distributed import Parallel, StateFolder
 from llama2lib.launch import torchrun_arguments
@@ -372,6 +372,13 @@ def test_a_run_is_its_loop_from_the_weights_of_the_folder(recipe, alone, example
     saved = dict(load_checkpoint(alone / "model").named_parameters())
     assert all(torch.allclose(p, saved[name], atol=1e-6) for name, p in model.named_parameters())
     assert (alone / "model" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+
+
+def test_a_run_begins_with_metas_layout_too_and_a_tokenizer_that_lies_elsewhere(recipe, alone, tokenizer, tmp_path):
+    save_meta(load_checkpoint(recipe.model), tmp_path / "meta", shards=2)
+    meta = replace(recipe, model=str(tmp_path / "meta"), tokenizer=tokenizer.path, epochs=1, out=tmp_path / "out")
+    run(meta)
+    assert log(tmp_path / "out")[0] == pytest.approx(log(alone)[0], rel=1e-6)
 
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(recipe, alone, tmp_path, monkeypatch):
