@@ -260,9 +260,10 @@ assert read_dialogs(folder / "dialogs.jsonl") == [emma, emma[1:3]]
 # > longer than a row is refused.
 #
 # Whole conversations make it a packing problem. The usual rule (each goes where the least room is left that still holds
-# it, the longest first) leaves 2 % empty when a row holds five of them. A better one takes a row at a time: the longest
-# that waits, and with it those that fill the rest of the row as exactly as can be. Which sums of lengths can be had is
-# one whole number, bit $n$ for a sum of $n$: to add a conversation of length $s$ is to shift it by $s$ and merge.
+# it, the longest first) leaves some hundredths empty when a row holds only a few. A better one takes a row at a time:
+# the longest that waits, and with it those that fill the rest of the row as exactly as can be. Which sums of lengths
+# can be had is one whole number, bit $n$ for a sum of $n$: to add a conversation of length $s$ is to shift it by $s$
+# and merge.
 
 
 # %%
