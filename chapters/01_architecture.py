@@ -45,7 +45,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 # Letters in the shapes: B batch, T tokens, S cached tokens, D model width, N query heads, K key/value heads,
@@ -429,6 +429,27 @@ with torch.no_grad():
 # The rotation table is neither a parameter nor a buffer: it stays in float32 when the model is cast, and is computed
 # anew where the tokens are when the model has moved. Angles computed in bfloat16 would give 769 different rows for
 # 4,096 positions, and nothing would complain.
+#
+# Fine-tuning may put several documents into one row, each of which is to be read as if it stood alone: its tokens see
+# each other and nothing else, and their positions begin at 0. Both follow from a number per token that changes where a
+# document begins. The positions only settle the rounding: scores depend on distances, wherever the document stands.
+
+
+# %%
+#| export
+def separate(documents: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T T"]]:
+    "Position of each token in its document (a run of equal numbers), and which tokens of its row it reads."
+    places = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    first = torch.where(begins, places, 0).cummax(1).values
+    return places - first, ((first[:, :, None] <= places) & (places <= places[:, None]))[:, None]
+
+
+# %%
+positions, reads = separate(torch.tensor([[4, 4, 7, 7, 7, 4]]))
+print(positions.tolist(), reads[0, 0].int(), sep="\n")
+assert positions.tolist() == [[0, 1, 0, 1, 2, 0]]
+assert torch.equal(reads[0, 0], torch.block_diag(*(torch.ones(n, n).tril() for n in (2, 3, 1))).bool())
 
 
 # %%
@@ -458,11 +479,17 @@ class Llama(nn.Module):
             std = self.init_std(name)
             nn.init.ones_(parameter) if std is None else nn.init.normal_(parameter, std=std)
 
-    def hidden(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
         """The normalised state of every token, before the output matrix.
 
         With a cache, `tokens` continue its rows: they are written behind what each row holds, and `lengths` grows by T.
-        ValueError for more tokens than the context or the cache has room for.
+        With `documents`, each run of equal numbers in a row is read as if it stood there alone.
+        ValueError for more tokens than the context or the cache has room for, and for a cache together with documents.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected rows of tokens, (B T)")
@@ -473,6 +500,11 @@ class Llama(nn.Module):
             with torch.inference_mode(False):  # built while generating, it must still serve training
                 self.rope = rope_table(self.config, tokens.device)
         rope, mask, places = self.rope[:length], None, None
+        if documents is not None:
+            if cache is not None:
+                raise ValueError("a cache goes on with one document a row: expected no documents")
+            positions, mask = separate(documents)
+            rope = self.rope[positions]
         if cache is not None:
             rows, _, room, _ = cache.keys[0].shape
             if rows != batch or cache.used + length > room:
@@ -491,9 +523,14 @@ class Llama(nn.Module):
             x = layer(x, rope, cache and (cache.keys[i], cache.values[i], places), mask)
         return self.norm(x)
 
-    def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
-        "Logits of the token that follows each token, float32."
-        return self.output(self.hidden(tokens, cache)).float()
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        "Logits of the token that follows each token, float32; arguments as of `hidden`."
+        return self.output(self.hidden(tokens, cache, documents)).float()
 
 
 # %% [markdown]
@@ -521,6 +558,17 @@ with torch.no_grad():
     cache = KVCache(model, batch=2, length=24)
     pieces = [model(piece, cache) for piece in tokens.split([10, 1, 1, 12], dim=1)]
 assert torch.allclose(torch.cat(pieces, 1), logits, atol=1e-5)
+
+# %% [markdown]
+# And documents that share a row get the logits that they get alone.
+
+# %%
+with torch.no_grad():
+    numbers = torch.tensor([[0] * 9 + [1] * 15, [5] * 20 + [-1] * 4])
+    shared = model(tokens, documents=numbers)
+    alone = [model(tokens[row : row + 1, a:b]) for row, a, b in ((0, 0, 9), (0, 9, 24), (1, 0, 20), (1, 20, 24))]
+assert torch.allclose(shared.flatten(0, 1), torch.cat(alone, 1)[0], atol=1e-5)
+assert not torch.allclose(shared, logits, atol=1e-2)
 
 # %% [markdown]
 # ## Counting: parameters, operations, cache

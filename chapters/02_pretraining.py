@@ -1593,9 +1593,10 @@ for claim, criterion, printed, ours in (
 IGNORE = -100  # a target that does not count
 
 
-def next_token_loss(model: Llama, tokens: Tensor, targets: Tensor) -> Tensor:
-    "Summed cross-entropy, in nats, of the targets (B T) that are not IGNORE, given the tokens (B T). → ()"
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+def next_token_loss(model: Llama, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
+    "Summed cross-entropy, in nats, of the targets (B T) that are not IGNORE, given tokens and `documents` (B T). → ()"
+    logits = model(tokens, documents=documents).flatten(0, 1)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def micro_batches(rows: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -437,6 +437,24 @@ packed = pack(examples, 60)
 assert packed.targets[packed.targets != IGNORE].tolist() == everything
 
 # %% [markdown]
+# Side by side, with `documents`, each conversation has the logits it has alone. Without, all but the first of a row are
+# read as the continuation of a stranger's.
+
+# %%
+torch.manual_seed(0)
+reader, rows = Llama(replace(LLAMA2["debug"], max_seq_len=256)), pack(examples[:2] * 2, 200, block_diagonal=True)
+with torch.no_grad():
+    for parameter in reader.parameters():
+        parameter.mul_(5)  # far from the even guesses of fresh weights, so that a difference shows
+    apart, leaking = (reader(rows.tokens, documents=documents) for documents in (rows.documents, None))
+    alone = torch.cat([reader(row[d == n][None])[0] for row, d in zip(rows.tokens, rows.documents, strict=True)
+                       for n in range(int(d.max()) + 1)])  # fmt: skip
+real = rows.documents >= 0
+for name, logits in (("apart", apart), ("leaking", leaking)):
+    print(f"{name:>7}: largest difference from logits alone {(logits[real] - alone).abs().max():.1g}")
+assert torch.allclose(apart[real], alone, atol=1e-3) and not torch.allclose(leaking[real], alone, atol=0.1)
+
+# %% [markdown]
 # How much is left empty? Concatenation fills all rows but the last. For whole conversations of the packaged corpus, cut
 # into question and answer, it depends on how long they are beside a row:
 

@@ -12,6 +12,7 @@ __all__ = [
     "Attention",
     "FeedForward",
     "Block",
+    "separate",
     "Llama",
     "compensated",
 ]
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 # Letters in the shapes: B batch, T tokens, S cached tokens, D model width, N query heads, K key/value heads,
@@ -242,6 +243,13 @@ class Block(nn.Module):
 
 # ---------- chapters/01_architecture.py · The model
 
+def separate(documents: Int[Tensor, "B T"]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T T"]]:
+    "Position of each token in its document (a run of equal numbers), and which tokens of its row it reads."
+    places = torch.arange(documents.shape[1], device=documents.device)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    first = torch.where(begins, places, 0).cummax(1).values
+    return places - first, ((first[:, :, None] <= places) & (places <= places[:, None]))[:, None]
+
 class Llama(nn.Module):
     "Llama 2 (section 2.2), with the parameter names of Meta's checkpoints."
 
@@ -267,11 +275,17 @@ class Llama(nn.Module):
             std = self.init_std(name)
             nn.init.ones_(parameter) if std is None else nn.init.normal_(parameter, std=std)
 
-    def hidden(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T D"]:
+    def hidden(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
         """The normalised state of every token, before the output matrix.
 
         With a cache, `tokens` continue its rows: they are written behind what each row holds, and `lengths` grows by T.
-        ValueError for more tokens than the context or the cache has room for.
+        With `documents`, each run of equal numbers in a row is read as if it stood there alone.
+        ValueError for more tokens than the context or the cache has room for, and for a cache together with documents.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected rows of tokens, (B T)")
@@ -282,6 +296,11 @@ class Llama(nn.Module):
             with torch.inference_mode(False):  # built while generating, it must still serve training
                 self.rope = rope_table(self.config, tokens.device)
         rope, mask, places = self.rope[:length], None, None
+        if documents is not None:
+            if cache is not None:
+                raise ValueError("a cache goes on with one document a row: expected no documents")
+            positions, mask = separate(documents)
+            rope = self.rope[positions]
         if cache is not None:
             rows, _, room, _ = cache.keys[0].shape
             if rows != batch or cache.used + length > room:
@@ -300,9 +319,14 @@ class Llama(nn.Module):
             x = layer(x, rope, cache and (cache.keys[i], cache.values[i], places), mask)
         return self.norm(x)
 
-    def forward(self, tokens: Int[Tensor, "B T"], cache: KVCache | None = None) -> Float[Tensor, "B T V"]:
-        "Logits of the token that follows each token, float32."
-        return self.output(self.hidden(tokens, cache)).float()
+    def forward(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: KVCache | None = None,
+        documents: Int[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        "Logits of the token that follows each token, float32; arguments as of `hidden`."
+        return self.output(self.hidden(tokens, cache, documents)).float()
 
 
 # ---------- chapters/01_architecture.py · Fewer key/value heads (Table 18)

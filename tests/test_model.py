@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import replace
+from itertools import groupby
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import SHAPES, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +22,7 @@ from llama2lib.model import (
     RMSNorm,
     apply_rope,
     rope_table,
+    separate,
     swiglu_width,
 )
 
@@ -206,3 +208,36 @@ def test_cache_bytes_are_those_that_a_cache_takes(model):
     cache = KVCache(model, batch=3, length=50)
     taken = sum(t.nbytes for t in cache.keys + cache.values)
     assert taken == 3 * 50 * model.config.kv_bytes_per_token(bytes_per_number=4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=5), shape=st.sampled_from(list(SHAPES)))
+def test_documents_that_share_a_row_are_read_as_if_alone(lengths, shape):
+    "Logits and gradients; a document's number may come again behind another one."
+    model, alone = random_model(shape), random_model(shape)
+    tokens = torch.arange(sum(lengths))[None] * 7 % 97
+    numbers = torch.cat([torch.full((n,), i % 2) for i, n in enumerate(lengths)])[None]
+    logits = model(tokens, documents=numbers)
+    expected = torch.cat([alone(part) for part in tokens.split(lengths, 1)], 1)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    logits.square().mean().backward()
+    expected.square().mean().backward()
+    for (name, a), b in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
+
+
+@settings(max_examples=50, deadline=None)
+@given(numbers=st.lists(st.integers(-1, 1), min_size=1, max_size=12))
+def test_positions_begin_anew_with_every_document(numbers):
+    "Logits do not show it: RoPE's scores depend on distances alone."
+    positions, reads = separate(torch.tensor([numbers]))
+    runs = [list(range(len(list(run)))) for _, run in groupby(numbers)]
+    assert positions[0].tolist() == [position for run in runs for position in run]
+    assert torch.equal(reads[0, 0], torch.block_diag(*(torch.ones(len(r), len(r)).tril() for r in runs)).bool())
+
+
+def test_one_document_in_a_row_is_a_row_without_documents():
+    model, tokens = random_model(), torch.arange(40).view(2, 20)
+    assert torch.allclose(model(tokens, documents=torch.ones_like(tokens)), model(tokens), atol=1e-5)
+    with pytest.raises(ValueError, match="expected no documents"):
+        model(tokens, KVCache(model, 2, 20), torch.ones_like(tokens))

@@ -489,3 +489,44 @@ def test_the_papers_recipe():
     constants, config = paper.TEXT["Section 3.1"], SFT["paper"]
     assert (config.lr, config.weight_decay, config.epochs) == (2e-5, 0.1, 2) and not config.block_diagonal
     assert (config.batch_rows, config.max_seq_len) == (constants["batch_size"], constants["max_seq_len"]) == (64, 4096)
+
+
+# ---------- documents that share a row
+
+
+def test_a_packed_conversation_has_the_logits_it_has_alone_and_a_leak_changes_them(tokenizer, short):
+    model, rows = model_for(tokenizer), pack(short, 48, block_diagonal=True)
+    alone = {tuple(tokens[:-1]): model(torch.tensor([tokens[:-1]]))[0] for tokens, _ in short}
+    apart, leaking = model(rows.tokens, documents=rows.documents), model(rows.tokens)
+    checked = 0
+    for row, documents in enumerate(rows.documents):
+        for document in range(int(documents.max()) + 1):
+            place = documents == document
+            expected = alone[tuple(rows.tokens[row, place].tolist())]
+            assert torch.allclose(apart[row, place], expected, atol=1e-4)
+            assert torch.allclose(leaking[row, place], expected, atol=1e-4) == (document == 0)
+            checked += 1
+    assert checked == len(short) > len(rows.tokens)
+
+
+def test_the_loss_of_whole_conversations_is_that_of_each_alone(tokenizer, short):
+    "Mean over the answer tokens of an epoch of one step, with a learning rate of 0."
+    model = model_for(tokenizer)
+    config = replace(CONFIG, lr=0.0, weight_decay=0.0, epochs=1, batch_rows=99, block_diagonal=True)
+    ((_, loss, *_),) = sft(model, short, config)
+    alone = [
+        -model(torch.tensor([tokens]))[0].log_softmax(-1)[i - 1, tokens[i]].item()
+        for tokens, mask in short
+        for i in range(len(tokens))
+        if mask[i]
+    ]
+    assert loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", [[], ["--tp", 2]])
+def test_two_processes_learn_what_one_learns_from_whole_conversations(recipe, tmp_path, parallel):
+    write_dialogs(tmp_path / "short.jsonl", [messages for messages in DIALOGS if len(messages) == 2])
+    recipe = replace(recipe, data=tmp_path / "short.jsonl", max_seq_len=64, block_diagonal=True, out=tmp_path / "one")
+    run(recipe)
+    torchrun(recipe, tmp_path / "two", "--block-diagonal", *parallel)
+    assert log(tmp_path / "two") == pytest.approx(log(tmp_path / "one"), rel=1e-5)
