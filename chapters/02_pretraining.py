@@ -3258,10 +3258,10 @@ if recipes.scale() != "smoke":
         )
 
 # %% [markdown]
-# The predictions are 2 and 5 % below the measured speeds of 34B and 70B, and 13 and 18 % below those of 13B and 7B. By
-# this count two fifths of 7B's time goes into kernels other than products and attention, above all the norms and the
-# rotary embedding, which our model writes out in float32; another model's may move fewer bytes. Compiled, the same
-# model comes to 75 % MFU for 7B where 68 % were measured: a roofline is a bound, and this is the side it errs on.
+# The predictions are within 3 % of the measured speeds of 34B and 70B, and 9 and 13 % below those of 13B and 7B. By
+# this count 45 % of 7B's time goes into kernels other than products and attention, above all the norms and the rotary
+# embedding, which our model writes out in float32; another model's may move fewer bytes. Compiled, the same model
+# comes to 75 % MFU for 7B where 68 % were measured: a roofline is a bound, and this is the side it errs on.
 #
 # ### Beside Table 2
 #

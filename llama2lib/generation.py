@@ -13,6 +13,7 @@ __all__ = [
     "next_logits",
     "COMPILED",
     "compiled_logits",
+    "READ_TOGETHER",
     "Slots",
     "decode",
     "generate",
@@ -243,6 +244,9 @@ def compiled_logits(weights: tuple, cache: KVCache, *others) -> Callable[..., Te
 
 # ---------- chapters/01_architecture.py · Rows come and go
 
+READ_TOGETHER = 16  # prompts in one pass
+
+
 class Slots:
     """The rows that grow together, in the first `count` places, with their keys and values in `cache`.
 
@@ -319,21 +323,23 @@ def decode(
         room = min(context, 2 ** (room - 1).bit_length())  # so that few shapes are compiled
     slots, weights = Slots(model, batch, room, draws), plain_weights(model, device.type == "cpu" and batch >= 16)
     waiting, step = 0, None  # the next row to come in
-    read = {}  # prompts whose samples are coming in: their cache, their row there, their logits
+    read = {}  # the prompts of the last pass: their cache, their row there, their logits
     while slots.count or waiting < len(streams):
         first, free = slots.count, batch - slots.count
         if waiting < len(streams) and 8 * free >= batch:
             rows = range(waiting, min(waiting + free, len(streams)))
             waiting = rows.stop
-            if new := sorted({row // num_samples for row in rows} - read.keys()):
-                source, found = prefill(model, [prompts[i] for i in new])
-                read |= {i: (source, place, found[place]) for place, i in enumerate(new)}
+            logits = []
             for i, samples in groupby(rows, lambda row: row // num_samples):
+                if i not in read:
+                    together = prompts[i : min(i + READ_TOGETHER, rows[-1] // num_samples + 1)]
+                    source, found = prefill(model, together)
+                    read = {i + place: (source, place, found[place]) for place in range(len(together))}
                 samples = list(samples)
                 uniform = np.stack([streams[row].random(draws) for row in samples])
                 slots.add(samples, uniform, len(prompts[i]), limits[i], *read[i][:2])
-            logits = torch.stack([read[row // num_samples][2] for row in rows])
-            read = {i: kept for i, kept in read.items() if (i + 1) * num_samples > waiting}
+                logits += [read[i][2]] * len(samples)
+            logits = torch.stack(logits)
         else:
             shown, used, ragged = slots.count, slots.longest + slots.clock + 1, slots.ragged
             if compile:  # everything has its full size, and rows that are not there are computed for nothing

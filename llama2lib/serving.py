@@ -204,7 +204,7 @@ def measure(config: dict) -> dict[str, dict[str, dict[str, list[float]]]]:
     def answer(kind: str, batch: int, context: int) -> float:
         prompts = torch.randint(shapes[kind].vocab_size, (batch, context), generator=generator).tolist()
         start = time.perf_counter()
-        generate(models[kind], prompts, new_tokens, temperature=0)
+        generate(models[kind], prompts, new_tokens, temperature=0, batch=batch)
         return time.perf_counter() - start
 
     for kind in shapes:

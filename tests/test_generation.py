@@ -185,13 +185,13 @@ def test_waiting_rows_come_in_and_get_what_they_would_get_alone(batch, settings,
             assert torch.allclose(expected, torch.tensor(one.logprobs), atol=1e-4)
 
 
-@pytest.mark.parametrize("batch", [2, 5, 64])
-def test_every_prompt_is_read_once(batch):
+@pytest.mark.parametrize("batch", [2, 5, 64, 200])
+def test_every_prompt_is_read_once_and_not_too_many_together(batch):
     model, read = random_model(), []
     hidden = model.hidden
-    model.hidden = lambda tokens, cache: read.extend(tokens[:, 0].tolist()) or hidden(tokens, cache)
-    generate(model, [[1], [2], [3], [4]], 12, num_samples=3, eos_id=17, batch=batch)
-    assert sorted(read) == [1, 2, 3, 4]
+    model.hidden = lambda tokens, cache: read.append(tokens[:, 0].tolist()) or hidden(tokens, cache)
+    generate(model, [[i] for i in range(40)], 12, num_samples=3, eos_id=17, batch=batch)
+    assert [i for part in read for i in part] == list(range(40)) and max(map(len, read)) <= generation.READ_TOGETHER
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -219,7 +219,8 @@ def test_the_sweep_measures_every_batch_in_the_budget_and_takes_turns(monkeypatc
 
     def spy(model, prompts, new_tokens, **settings):
         calls.append((model.config.n_kv_heads, len(prompts), len(prompts[0])))
-        assert {len(prompt) for prompt in prompts} == {calls[-1][2]} and settings == {"temperature": 0}
+        assert {len(prompt) for prompt in prompts} == {calls[-1][2]}
+        assert settings == {"temperature": 0, "batch": len(prompts)}
         answers = generate(model, prompts, new_tokens, **settings)
         assert {len(answer.tokens) for answer in answers} == {3}
         return answers
