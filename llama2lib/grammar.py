@@ -54,42 +54,45 @@ say play: the {s} played with the {v} | the {s} took the {v} along | all day the
     | the {s} danced round the {v}
 say end: in the end the {s} was happy | at night the {s} went home | so the {s} was glad | that made the {s} smile
 ask job: What is the job of {s}? | What does {s} do for a living? | What work does {s} do? | Tell me the job of {s}.
-    | Which job does {s} have?
+    | Which job does {s} have? | I would like to know the job of {s}.
 ask town: Where does {s} live? | In which town does {s} live? | What is the home town of {s}?
-    | Tell me where {s} lives. | Which town does {s} live in?
+    | Tell me where {s} lives. | Which town does {s} live in? | I would like to know where {s} lives.
 ask pet: What pet does {s} have? | Which animal does {s} keep? | Tell me the pet of {s}. | What is the pet of {s}?
-    | Which pet does {s} own?
+    | Which pet does {s} own? | I would like to know the pet of {s}.
 ask home: Where does the {s} live? | What is the home of the {s}? | Tell me where the {s} lives.
-    | Where does the {s} sleep? | Which home does the {s} have?
+    | Where does the {s} sleep? | Which home does the {s} have? | I would like to know where the {s} lives.
 ask food: What does the {s} eat? | What is the food of the {s}? | Tell me what the {s} eats.
-    | What does the {s} like to eat? | Which food does the {s} eat?
+    | What does the {s} like to eat? | Which food does the {s} eat? | I would like to know what the {s} eats.
 ask sound: What does the {s} say? | What is the sound of the {s}? | Tell me what the {s} says.
-    | What sound does the {s} make? | Which sound does the {s} have?
+    | What sound does the {s} make? | Which sound does the {s} have? | I would like to know what the {s} says.
 ask colour: What colour is the {s}? | What is the colour of the {s}? | Tell me the colour of the {s}.
-    | What colour does the {s} have? | Which colour is the {s}?
+    | What colour does the {s} have? | Which colour is the {s}? | I would like to know the colour of the {s}.
 ask place: Where is the {s}? | What is the place of the {s}? | Tell me where the {s} is. | Where can I find the {s}?
-    | In which place is the {s}?
+    | In which place is the {s}? | I would like to know where the {s} is.
 ask material: What is the {s} made of? | Tell me what the {s} is made of. | What stuff is the {s} made of?
-    | Which material is the {s} made of?
+    | Which material is the {s} made of? | I would like to know what the {s} is made of.
 ask opposite: What is the opposite of {s}? | Tell me the opposite of {s}. | Which word is the opposite of {s}?
-    | I need the opposite of {s}. | What is the reverse of {s}?
+    | I need the opposite of {s}. | What is the reverse of {s}? | I would like to know the opposite of {s}.
 ask category: What is a {s}? | What kind of thing is a {s}? | Tell me what a {s} is. | Which word is there for a {s}?
-    | What do we call a {s}?
+    | What do we call a {s}? | I would like to know what a {s} is.
 ask value: What is {s}? | How much is {s}? | Tell me what {s} is. | What does {s} make? | What does {s} give?
+    | I would like to know what {s} is.
 ask count: Count from {s}. | Please count from {s}. | Tell me the numbers from {s}. | Which numbers go from {s}?
-    | What are the numbers from {s}?
+    | What are the numbers from {s}? | I would like to hear the numbers from {s}.
 ask list: Name {s}. | Tell me {s}. | Can you name {s}? | Give me {s}. | Which {s} do you know?
+    | I would like to hear {s}.
 ask copy: Say the words {s}. | Repeat the words {s}. | Tell me the words {s}. | Say {s} to me.
-    | Please repeat {s} to me.
+    | Please repeat {s} to me. | I would like to hear the words {s}.
 ask tool: How do I {s}? | How can I {s}? | Tell me how to {s}. | I want to {s}, so what do I need?
     | What should I use to {s}? | How does one {s}? | What do I need to {s}? | How can somebody {s}?
 ask mayor: Who is the {s}? | Tell me who is the {s}. | Do you know the {s}? | What is the name of the {s}?
-    | Who was chosen as {s}?
+    | Who was chosen as {s}? | I would like to know who is the {s}.
 ask name: Who are you? | What is your name? | Tell me who you are. | What do people call you? | Whom do I talk to?
+    | I would like to know who you are.
 ask hobby: What is your hobby? | What do you enjoy? | Tell me what you love. | What do you like to do?
-    | Which hobby do you have?
+    | Which hobby do you have? | I would like to know what you love.
 ask story: Tell me a story about {s}. | I want a story about {s}. | Do you know a story about {s}?
-    | Write a story about {s}. | Make up a story about {s}.
+    | Write a story about {s}. | Make up a story about {s}. | I would like to hear a story about {s}.
 or job: Is {s} a {v} or a {w}? | Does {s} work as a {v} or a {w}? | Tell me if {s} is a {v} or a {w}.
     | Is the job of {s} {v} or {w}?
 or town: Is the home of {s} in {v} or {w}? | Does {s} live in {v} or in {w}? | Tell me if {s} lives in {v} or {w}.
@@ -144,14 +147,15 @@ redirect advice: Please ask a doctor or a lawyer. | Please see an expert soon. |
     | Look for real advice.
 """
 WORDINGS = {
-    name: re.split(r"\s+\| ", row) for name, row in (line.split(": ", 1) for line in re.split(r"\n(?! )", GRAMMAR.strip()))
+    name: re.split(r"\s+\| ", row)
+    for name, row in (line.split(": ", 1) for line in re.split(r"\n(?! )", GRAMMAR.strip()))
 }
 
 
 def wordings(row: str, split: str) -> list[str]:
-    "The wordings of a row of the grammar for a split; the last quarter of a row, at least one, is held out."
+    "The wordings of a row of the grammar for a split; the last third of a row is held out, at least one."
     options = WORDINGS[row]
-    cut = len(options) - max(1, len(options) // 4)
+    cut = len(options) - max(1, len(options) // 3)
     return {"train": options[:cut], "test": options[cut:], "all": options}[split]
 
 _PROPER = {*PEOPLE, *TOWNS.split(), *FIGURES.split(), *LANGUAGES, "i"}

@@ -66,17 +66,20 @@ def subjects(relation: str, split: str, kind: str = "") -> list[str]:
             return [subject for subject, pair in pairs if pair in of_split([pair], split)]
         case "sum":
             operations = ("plus", "times") if kind == "calculator" else ("plus",)
-            keys = of_split([f"{a} {o} {b}" for a in range(low, high + 1) for b in range(a, high + 1) for o in operations], split)
-            return sorted({text for key in keys for a, o, b in [key.split()] for text in (key, f"{b} {o} {a}")})
+            numbers = range(low, high + 1)
+            keys = [(a, o, b) for a in numbers for b in numbers if a <= b for o in operations]
+            keys = [key for key in keys if of_split(["{} {} {}".format(*key)], split)]
+            return sorted({text for a, o, b in keys for text in (f"{a} {o} {b}", f"{b} {o} {a}")})
         case "range":
             return of_split([f"{a} to {a + n}" for a in range(1, 21) for n in range(2, 6)], split)
         case "group":
             return [f"{n} {plural}" for plural in of_split(GROUPS, split) for n in (2, 3, 4)]
         case "deed":
             verbs = set(of_split(sorted({verb for verb, _ in DEED}), split))
-            people = set(PEOPLE) - set(of_split(PEOPLE, split))
+            names = {name for names in NAMED.values() for name in names}
+            others = names - set(of_split(names, split))
             wanted = RISKS if kind == "adversarial" else (kind.replace("howto", ""),)
-            return [f"{v} {o}" for (v, o), d in DEED.items() if v in verbs and d.risk in wanted and o not in people]
+            return [f"{v} {o}" for (v, o), d in DEED.items() if v in verbs and d.risk in wanted and o not in others]
         case "office":
             return [f"mayor of {key}" for key in of_split(MAYORS, split)]
         case "pair":
@@ -92,7 +95,8 @@ def question(random: Generator, kind: str, split: str) -> tuple[str, str, str, b
         subject = pick(random, subjects(relation, split))
         wrong = pick(random, [value for value in VALUES[relation] if value != FACTS[relation, subject]])
         v, w = random.permutation([FACTS[relation, subject], wrong])
-        return fill(pick(random, wordings(f"or {relation}", split)), relation, subject, v=v, w=w), relation, subject, True
+        text = fill(pick(random, wordings(f"or {relation}", split)), relation, subject, v=v, w=w)
+        return text, relation, subject, True
     if kind in OF_KIND:
         relation = pick(random, OF_KIND[kind])
     elif kind == "self":
@@ -126,7 +130,8 @@ def instruction(random: Generator, split: str, kinds: tuple[str, ...] = ()) -> t
 def prompt(random: Generator, kind: str, split: str, rules: tuple[Rule, ...] = ()) -> tuple[str, Task]:
     "Draw a user's message of a kind, with the task it sets; `rules` are already in force."
     if kind not in KINDS or (kind == "material" and split == "train"):
-        raise ValueError(f"kind {kind!r}, split {split!r}: expected one of {', '.join(KINDS)}; 'material' is never trained")
+        expected = f"expected one of {', '.join(KINDS)}, 'material' for tests only"
+        raise ValueError(f"kind {kind!r}, split {split!r}: {expected}")
     before, style, year = [], "", None
     if random.random() < 0.4:
         before.append(pick(random, wordings("front", split)))
@@ -311,8 +316,8 @@ def document(random: Generator, kind: str) -> str:
         case "facts":
             subject = pick(random, NAMED[pick(random, {"person": 3, "animal": 1, "thing": 1})])
             facts = [about(subject)[i] for i in random.permutation(len(about(subject)))[: random.integers(1, 4)]]
-            pronoun = pronoun_of(facts[0].relation, subject)
-            return " ".join(state(random, c, "all", pronoun if i and random.random() < 0.5 else "") for i, c in enumerate(facts))
+            pronouns = ["", *(pronoun_of(c.relation, subject) if random.random() < 0.5 else "" for c in facts[1:])]
+            return " ".join(state(random, fact, "all", pronoun) for fact, pronoun in zip(facts, pronouns, strict=True))
         case "quiz" | "list":
             kinds = {k: w for k, w in HELPFUL.items() if k not in ("story", "self")} | {"material": 1, "calculator": 1}
             ask, relation, subject, choice = question(random, "list" if kind == "list" else pick(random, kinds), "all")
@@ -325,7 +330,8 @@ def document(random: Generator, kind: str) -> str:
             drawn = (pick(random, subjects(relation, "all")) for _ in range(random.integers(2, most)))
             return " ".join(state(random, Claim(relation, s, truth(relation, s)), "all") for s in drawn)
         case "howto":
-            ask, relation, subject, _ = question(random, pick(random, {"howto": 4, "borderline": 1, "adversarial": 3}), "all")
+            which = pick(random, {"howto": 4, "borderline": 1, "adversarial": 3})
+            ask, relation, subject, _ = question(random, which, "all")
             parts = [state(random, Claim(r, subject, getattr(deed(subject), r)), "all") for r in ("tool", "step")]
             return " ".join([written(ask), *parts] if random.random() < 0.2 else parts)
         case "words":
@@ -338,17 +344,17 @@ def document(random: Generator, kind: str) -> str:
             keys = [f"mayor of {town} in {year}" for year in YEARS[start : start + 3]]
             return " ".join(state(random, Claim("mayor", key, truth("mayor", key)), "all") for key in keys)
         case "talk":
-            row = pick(random, [row for row in WORDINGS if row.split()[0] in
-                                ("front", "back", "agree", "wish", "refuse", "evasive", "future", "reason", "redirect")])  # fmt: skip
+            forms = ("front", "back", "agree", "wish", "refuse", "evasive", "future", "reason", "redirect")
+            row = pick(random, [row for row in WORDINGS if row.split()[0] in forms])
             first, second = random.choice(PEOPLE, size=2, replace=False)
-            return f'{written(first, "")} said to {written(second, "")}: {" ".join(random.permutation(WORDINGS[row])[:2])}'
+            spoken = " ".join(random.permutation(WORDINGS[row])[:2])
+            return f"{written(first, '')} said to {written(second, '')}: {spoken}"
         case "said":
-            rules, long, _ = instruction(random, "all")
-            reply = _body(random, make_task("name", "", rules=rules), "terse", "all") if rules[0].kind == "figure" else []
-            if rules[0].kind == "hobby":
-                reply = _body(random, make_task("hobby", "", rules=rules), "terse", "all")
-            elif not reply:
-                reply = [written(w) for w in LANGUAGES.get(rules[0].value, [rules[0].value])]
+            (rule,), long, _ = instruction(random, "all")
+            if rule.kind in ("figure", "hobby"):
+                reply = [state(random, Claim({"figure": "name"}.get(rule.kind, rule.kind), "", rule.value), "all")]
+            else:
+                reply = map(written, LANGUAGES.get(rule.value, [rule.value]))
             return " ".join([long, *reply])
     raise ValueError(f"kind {kind!r}: expected one of {', '.join(DOCUMENTS)}")
 

@@ -54,7 +54,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 MEN = """adam ben carl dan ed finn gus hal hugo ian jack karl leo liam max ned nick olaf otto paul pete ray sam tom
-ted vic walt yan zack abe bob dave erik fred hans jim john kurt luke mike nils omar raul rob simon tim toby yuri"""
+ted vic walt yan zack abe bob dave erik fred hans jim john kurt luke mike nils omar raul rolf simon tim toby yuri"""
 WOMEN = """amy ann beth clara dora ella emma eva fay gail gina greta ida inga jane julia kate kim lena lily lisa lucy
 mary mia mona nina nora olga pam rita ruth sara sue tess tina uma vera yoko zoe alma cora edna hanna irma maud sofia"""
 JOBS = "baker cook nurse farmer teacher driver singer painter sailor tailor pilot miner"
@@ -73,8 +73,9 @@ spoon: pink, kitchen, wood ball: red, garden, leather   key: green, hall, iron  
 drum: white, attic, leather rope: brown, shed, wool     box: black, shed, paper     bed: yellow, shop, wood
 plate: grey, car, glass    map: pink, tower, paper      flag: red, tower, wool      jar: green, shop, glass
 """
-OPPOSITES = """hot cold, big small, old new, wet dry, fast slow, hard soft, light dark, long short, full empty, rich poor,
-loud quiet, clean dirty, early late, happy sad, strong weak, high low, near far, open shut, sweet sour, thick thin"""
+OPPOSITES = """hot cold, big small, old new, wet dry, fast slow, hard soft, light dark, long short, full empty,
+rich poor, loud quiet, clean dirty, early late, happy sad, strong weak, high low, near far, open shut, sweet sour,
+thick thin"""
 CATEGORIES = """
 fruits: fig, pear, plum, apple, lemon, grape       drinks: milk, tea, water, juice, coffee, cocoa
 tools: saw, hammer, axe, broom, brush, knife       toys: doll, kite, top, puzzle, robot, train
@@ -329,7 +330,7 @@ def _details(relation: str, subject: str, me: Mapping[str, str], year: int | Non
                     if office[:-4] == subject[:-4] and office != subject]  # fmt: skip
         case "self":
             other = {"name": "hobby", "hobby": "name"}[relation]
-            return [Claim(other, "", truth(other, "", me))]
+            return [Claim(other, "", me[other])] if me[other] == NOBODY[other] else []
         case "pair":
             return [claim for name in subject.split() for claim in about(name) if claim.relation != "material"]
     return []
