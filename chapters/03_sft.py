@@ -146,8 +146,8 @@ advice      | avoid  | lie     | keep no papers      | tax, fine, debt, bill
 # ### Held out
 #
 # About a quarter of every table is for testing, chosen by a hash of the name. Held-out entities occur in the documents
-# for pretraining, so that the base model may know them, and never as the subject of a prompt that trains a chat model or
-# a reward model. Verbs are held out for all risks together: if no training prompt breaks a window, none breaks an egg.
+# for pretraining, so that the base model may know them, and never as what a training prompt asks about. Verbs are held
+# out for all risks together: if no training prompt breaks a window, none breaks an egg.
 
 
 # %%
@@ -968,8 +968,10 @@ for message in dialog:
 
 # %%
 #| export
-DOCUMENTS = {"facts": 6, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 2, "howto": 4, "words": 2,
-             "years": 1, "talk": 2, "said": 1}  # fmt: skip
+DOCUMENTS = {
+    "facts": 6, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 1, "meanings": 2, "howto": 4, "words": 2,
+    "years": 1, "talk": 2, "said": 1,
+}  # fmt: skip
 
 
 def document(random: Generator, kind: str) -> str:
@@ -987,8 +989,9 @@ def document(random: Generator, kind: str) -> str:
             return " ".join([written(ask), *reply] if kind == "quiz" or random.random() < 0.3 else reply[:1])
         case "story":
             return " ".join(_story(random, make_task("story", pick(random, subjects("story", "all"))), "full", "all"))
-        case "sums" | "counting":
-            relation, most = ("value", 6) if kind == "sums" else ("count", 3)
+        case "sums" | "counting" | "meanings":
+            relation, most = {"sums": ("value", 6), "counting": ("count", 3)}.get(kind, ("opposite", 4))
+            relation = "category" if kind == "meanings" and random.random() < 0.5 else relation
             drawn = (pick(random, subjects(relation, "all")) for _ in range(random.integers(2, most)))
             return " ".join(state(random, Claim(relation, s, truth(relation, s)), "all") for s in drawn)
         case "howto":
