@@ -558,6 +558,7 @@ def wordings(row: str, split: str) -> list[str]:
     cut = len(options) - max(1, len(options) // 3)
     return {"train": options[:cut], "test": options[cut:], "all": options}[split]
 
+
 # %% [markdown]
 # Text is written in three steps: a wording is chosen, subject and value are put in, and names get their capitals. Read
 # text goes the other way: `normal` takes out what carries no meaning here, so capitals, articles and tense.
@@ -969,7 +970,7 @@ for message in dialog:
 # %%
 #| export
 DOCUMENTS = {
-    "facts": 6, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 1, "meanings": 2, "howto": 4, "words": 2,
+    "facts": 12, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 1, "meanings": 2, "howto": 4, "words": 2,
     "years": 1, "talk": 2, "said": 1,
 }  # fmt: skip
 
@@ -1028,6 +1029,7 @@ def documents(random: Generator, n: int) -> list[str]:
     "Draw `n` documents for pretraining, of the kinds and with the weights of DOCUMENTS."
     return [document(random, pick(random, DOCUMENTS)) for _ in range(n)]
 
+
 # %%
 from llama2lib.synthetic import DOCUMENTS, document, documents
 
@@ -1048,7 +1050,7 @@ pieces = np.array([len(tokenizer.encode(word)) for word in words])
 share = np.average(pieces == 1, weights=list(words.values()))
 print(f"{np.mean(tokens):.1f} tokens a document ({np.percentile(tokens, 5):.0f} to {np.percentile(tokens, 95):.0f})")
 print(f"{len(words)} words; {share:.0%} of running words are one piece; {np.mean(pieces > 2):.0%} of words are 3 up")
-assert share > 0.85 and not re.search(r"\[/?INST\]|<<|</?s>", " ".join(texts))
+assert share > 0.8 and not re.search(r"\[/?INST\]|<<|</?s>", " ".join(texts))
 
 # %% [markdown]
 # ### How many prompts
@@ -1232,7 +1234,8 @@ def _items(text: str) -> str:
 def read_task(messages: list[dict]) -> Task:
     """The task that the last user message of a dialog sets, with the rules in force.
 
-    Raises ValueError with the sentence for a message that is not of the mini world, or that asks two things or none.
+    A system message may hold other sentences than instructions; they are passed over. Raises ValueError with the sentence
+    for a user message that is not of the mini world, or that asks two things or none.
     """
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("expected a dialog that ends with a message of the user")
@@ -1592,6 +1595,7 @@ def rate(first: float, second: float, seed: int) -> tuple[int, str]:
     "Which of two gold scores a noisy rater prefers (0 or 1), and the rating. `seed`: of the pair, 0 or larger."
     seen = first - second + np.random.default_rng([3, seed]).normal(0, 0.1)
     return int(seen < 0), next(rating for rating, cut in RATINGS.items() if abs(seen) >= cut)
+
 
 # %%
 from llama2lib.judge import RATINGS, judge, rate

@@ -307,7 +307,7 @@ def dialogues(
 # ---------- chapters/03_sft.py · Documents
 
 DOCUMENTS = {
-    "facts": 6, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 1, "meanings": 2, "howto": 4, "words": 2,
+    "facts": 12, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 1, "meanings": 2, "howto": 4, "words": 2,
     "years": 1, "talk": 2, "said": 1,
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llama2lib.grammar import WORDINGS, fill, wordings, written
+from llama2lib.grammar import WORDINGS, wordings, written
 from llama2lib.judge import RATINGS, SAFE, judge, obeys, rate, read_task
 from llama2lib.synthetic import (
     CLEAN,
