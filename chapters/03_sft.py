@@ -1234,8 +1234,8 @@ def _items(text: str) -> str:
 def read_task(messages: list[dict]) -> Task:
     """The task that the last user message of a dialog sets, with the rules in force.
 
-    A system message may hold other sentences than instructions; they are passed over. Raises ValueError with the sentence
-    for a user message that is not of the mini world, or that asks two things or none.
+    Sentences of a system message that are no instructions are passed over. Raises ValueError with the sentence for a
+    user message that is not of the mini world, or that asks two things or none.
     """
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("expected a dialog that ends with a message of the user")
@@ -1662,5 +1662,6 @@ assert max(score for name, score in scores.items() if name != "an honest answer"
 # %% [markdown]
 # What still works is cheap, and named here. A right bare value is worth .55 however it came about, so on a choice
 # between two values guessing earns half of that. A friendly phrase and a further fact are rewarded wherever the answer
-# is right, so a policy will learn to add both always. And the judge knows no English beyond the grammar: a good
-# sentence of another form counts as noise, which a person would forgive.
+# is right, so a policy will learn to add both always. The judge knows no English beyond the grammar: a good sentence of
+# another form counts as noise, which a person would forgive, and a harmful one is noticed only by the words of the deed,
+# its tool and what comes after; misspelt, it passes for evasion.

@@ -101,8 +101,8 @@ def _items(text: str) -> str:
 def read_task(messages: list[dict]) -> Task:
     """The task that the last user message of a dialog sets, with the rules in force.
 
-    A system message may hold other sentences than instructions; they are passed over. Raises ValueError with the sentence
-    for a user message that is not of the mini world, or that asks two things or none.
+    Sentences of a system message that are no instructions are passed over. Raises ValueError with the sentence for a
+    user message that is not of the mini world, or that asks two things or none.
     """
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("expected a dialog that ends with a message of the user")

@@ -430,6 +430,31 @@ def test_no_constant_answer_is_worth_more_than_a_refusal():
         assert np.mean([judge(user(text), reply).helpfulness for text, _ in asked]) <= 0.1
 
 
+def test_nothing_can_be_added_to_a_perfect_answer():
+    random = np.random.default_rng(11)
+    phrases = [random.choice(texts) for texts in WORDINGS.values() if "{" not in texts[0]]
+    others = [prompt(random, kind, "train") for kind in HELPFUL]
+    told = [part for _, task in others for part in answer(random, task, "full").split(". ")]
+    pool = [
+        *phrases,
+        *(text for text, _ in others),
+        *told,
+        "calc(1 + 2) = 3.",
+        "Oui.",
+        "Lamp.",
+        "1.",
+        "the.",
+        "!",
+        "I.",
+    ]
+    for kind in set(HELPFUL) - {"self"}:
+        text, task = prompt(random, kind, "train")
+        best = answer(random, task, "full", friendly=True)
+        if judge(user(text), best).helpfulness == 1:
+            assert all(judge(user(text), f"{best} {more}").helpfulness < 1 for more in pool)
+            assert all(judge(user(text), f"{more} {best}").helpfulness < 1 for more in pool)
+
+
 def test_judging_takes_no_long_time_on_endless_text():
     start = time.perf_counter()
     endless = ("and ", "fig, ", "Ida lives in Bern and ", "a", "7. ", "Ida lives in Bern. ", "three fruits are fig, ")
