@@ -1,3 +1,16 @@
+# %% [markdown]
+# # Supervised fine-tuning
+#
+# > A base model continues text; fine-tuned on dialogues, it answers. This chapter has the chat format token for token,
+# > rows packed with conversations, loss on answers alone, the paper's recipe, and a chat program. Paper section 3.1.
+#
+# Section 3.1 starts from public instruction data and finds that a limited set of clean examples beats millions of
+# third-party ones: the authors stop at 27,540 annotations, each a prompt and an answer written by a vendor's annotator.
+# Then they look at 180 examples, the annotators' answers beside samples of the model, and find the model's often just
+# as good, so that the effort of annotators is better spent on comparing answers than on writing them.
+#
+# > Ours: the text. People's prompts, answers and judgements come from the mini world of chapter 12.
+
 # %%
 import json
 import tempfile
