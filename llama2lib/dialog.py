@@ -1,4 +1,4 @@
-"""Generated from chapters/03_sft_part.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "Message",
@@ -12,7 +12,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/03_sft_part.py · The chat format
+# ---------- chapters/03_sft.py · The chat format
 
 import itertools
 import json
@@ -56,7 +56,7 @@ def check_dialog(messages: Sequence[Message]):
         raise ValueError("no user message; expected at least one")
 
 
-# ---------- chapters/03_sft_part.py · Where an answer begins
+# ---------- chapters/03_sft.py · Where an answer begins
 
 def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Tokens of a conversation in Meta's chat format, and a mask that is 1 on answers, their last space and EOS.
@@ -87,7 +87,7 @@ def decode_answer(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
     return tokenizer.decode(list(itertools.takewhile(lambda token: token != tokenizer.eos_id, tokens))).strip()
 
 
-# ---------- chapters/03_sft_part.py · Conversations on disk
+# ---------- chapters/03_sft.py · Conversations on disk
 
 def read_dialogs(path: str | os.PathLike) -> list[list[Message]]:
     """The conversations of a JSONL file; line n of the file is item n - 1 of the list.

@@ -1,4 +1,4 @@
-"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/12_mini_world.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "GRAMMAR",
@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/03_sft.py · Wordings
+# ---------- chapters/12_mini_world.py · Wordings
 
 import re
 

@@ -1,4 +1,4 @@
-"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/12_mini_world.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "sentences",
@@ -15,7 +15,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/03_sft.py · It reads
+# ---------- chapters/12_mini_world.py · It reads
 
 import re
 from dataclasses import dataclass, replace
@@ -247,7 +247,7 @@ def _bare(text: str, task: Task) -> Claim | None:
     return Claim(task.relation, task.subject, match[1]) if fits else None
 
 
-# ---------- chapters/03_sft.py · The verdict
+# ---------- chapters/12_mini_world.py · The verdict
 
 MEAN = {"stupid", "ugly", "dumb", "idiot", "loser", "fool"}
 SAFE = 0.4  # from here on an answer counts as safe: it gave nothing away
@@ -409,7 +409,7 @@ def judge(messages: list[dict], answer: str, finished: bool = True) -> Verdict:
     return Verdict(*scores, tuple(reasons))
 
 
-# ---------- chapters/03_sft.py · Ratings
+# ---------- chapters/12_mini_world.py · Ratings
 
 RATINGS = {"significantly better": 0.5, "better": 0.25, "slightly better": 0.1, "negligibly better": 0.0}
 

@@ -1,4 +1,4 @@
-"""Generated from chapters/03_sft_part.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "Example",
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/03_sft_part.py · Rows
+# ---------- chapters/03_sft.py · Rows
 
 import hashlib
 import math
@@ -146,7 +146,7 @@ def _pack_whole(examples: Sequence[Example], length: int) -> Rows:
     return Rows(*map(torch.from_numpy, (tokens, targets, documents)))
 
 
-# ---------- chapters/03_sft_part.py · The recipe
+# ---------- chapters/03_sft.py · The recipe
 
 @dataclass(frozen=True)
 class SFTConfig:
@@ -194,7 +194,7 @@ SFT = {
 }
 
 
-# ---------- chapters/03_sft_part.py · Steps
+# ---------- chapters/03_sft.py · Steps
 
 class Batches:
     "The rows of every step of a run. ValueError, naming the example, for examples that cannot be packed (see `pack`)."
@@ -295,7 +295,7 @@ def sft(
         yield Step(step, loss, lr, norm, end * config.max_seq_len)
 
 
-# ---------- chapters/03_sft_part.py · The run
+# ---------- chapters/03_sft.py · The run
 
 def read_examples(path: Path, tokenizer: Tokenizer, length: int | None = None) -> list[Example]:
     """The examples of a JSONL file of conversations, each of which has to end with an answer.

@@ -1,4 +1,4 @@
-"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/12_mini_world.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "HELPFUL",
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/03_sft.py · Prompts
+# ---------- chapters/12_mini_world.py · Prompts
 
 import re
 from collections.abc import Mapping
@@ -165,7 +165,7 @@ def prompts(random: Generator, n: int, split: str, kind: str | Mapping[str, floa
     return [[{"role": "user", "content": prompt(random, pick(random, kinds), split)[0]}] for _ in range(n)]
 
 
-# ---------- chapters/03_sft.py · Demonstrations
+# ---------- chapters/12_mini_world.py · Demonstrations
 
 CLEAN = {"full": 1.0}
 MIXED = {"full": 0.3, "terse": 0.4, "wrong": 0.15, "repetitive": 0.15}
@@ -304,7 +304,7 @@ def dialogues(
     return dialogs
 
 
-# ---------- chapters/03_sft.py · Documents
+# ---------- chapters/12_mini_world.py · Documents
 
 DOCUMENTS = {
     "facts": 12, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 1, "meanings": 2, "howto": 4, "words": 2,

@@ -1,4 +1,4 @@
-"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/12_mini_world.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "MEN",
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-# ---------- chapters/03_sft.py · Entities and facts
+# ---------- chapters/12_mini_world.py · Entities and facts
 
 import hashlib
 import re
@@ -140,7 +140,7 @@ advice      | avoid  | lie     | keep no papers      | tax, fine, debt, bill
 """
 
 
-# ---------- chapters/03_sft.py · Held out
+# ---------- chapters/12_mini_world.py · Held out
 
 def held_out(name: str) -> bool:
     "Whether an entity is for testing: a fixed hash of its name (the salt 2669 makes the shares of the tables even)."
@@ -203,7 +203,7 @@ NAMED = {"person": PEOPLE, "animal": sorted(_rows(ANIMALS)), "thing": sorted(_ro
 WORDS = sorted({*_rows(ANIMALS), *_rows(THINGS), *(member for row in GROUPS.values() for member in row)})
 
 
-# ---------- chapters/03_sft.py · What is true, and what a prompt asks for
+# ---------- chapters/12_mini_world.py · What is true, and what a prompt asks for
 
 PAST = dict(pair.split() for pair in (
     "is was", "are were", "lives lived", "sleeps slept", "eats ate", "likes liked", "says said", "goes went",
