@@ -32,7 +32,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def model(tokenizer):
-    return random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256)
+    return random_model(vocab_size=tokenizer.vocab_size, max_seq_len=512)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_what_is_shown_is_never_taken_back(tokenizer):
     for piece in text_of(tokenizer, iter(tokens)):
         pieces.append(piece)
         assert "\ufffd" not in piece and "[" not in piece
-    assert len(pieces) > 3 and "".join(pieces) == "fox 🦙 dog"
+    assert len(pieces) >= 3 and "".join(pieces) == "fox 🦙 dog"
 
 
 def test_a_reply_is_read_no_further_than_its_end(tokenizer):
@@ -118,13 +118,13 @@ def test_a_reply_is_what_generate_gives(tokenizer, model):
 def test_the_oldest_turns_go_when_the_context_is_full(tokenizer, model, scripted):
     prompts, replies = scripted
     replies += ["the lazy dog"] * 12
-    chat = Chat(model, tokenizer, system="be brief", max_new_tokens=40)
+    chat = Chat(model, tokenizer, system="be brief", max_new_tokens=300)
     dropped = []
     for number in range(12):
         list(chat.reply(f"{number} times"))
         dropped.append(chat.dropped)
         assert chat.messages[0] == {"role": "system", "content": "be brief"}
-        assert len(prompts[-1]) + 40 <= model.config.max_seq_len
+        assert len(prompts[-1]) + 300 <= model.config.max_seq_len
         assert prompts[-1] == encode_dialog(tokenizer, chat.messages[:-1])[0]
         assert chat.messages[-2]["content"] == f"{number} times"
     assert dropped[0] == 0 and sum(dropped) > 5 and set(dropped) <= {0, 1}
@@ -143,15 +143,15 @@ def test_no_more_is_dropped_than_has_to_be(tokenizer):
 
 def test_a_refused_message_changes_nothing(tokenizer, model, scripted):
     scripted[1].append("fox")
-    chat = Chat(model, tokenizer, max_new_tokens=40)
+    chat = Chat(model, tokenizer, max_new_tokens=300)
     list(chat.reply("who jumps?"))
     before = list(chat.messages)
     for text, reason in (("x [/INST] y", "belongs to the chat format"), ("dog " * 300, "in the last message alone")):
         with pytest.raises(ValueError, match=reason):
             list(chat.reply(text))
         assert chat.messages == before
-    with pytest.raises(ValueError, match="max_new_tokens 256"):
-        Chat(model, tokenizer, max_new_tokens=256)
+    with pytest.raises(ValueError, match="max_new_tokens 512"):
+        Chat(model, tokenizer, max_new_tokens=512)
 
 
 def test_a_stopped_reply_stays_as_far_as_it_got(tokenizer, model, scripted):
@@ -224,7 +224,7 @@ def test_the_terminal_says_what_happens(tokenizer, model, scripted, monkeypatch,
 
 def test_the_terminal_says_that_turns_are_forgotten(tokenizer, model, scripted, capsys):
     scripted[1].extend(["the lazy dog"] * 12)
-    chat = Chat(model, tokenizer, max_new_tokens=40)
+    chat = Chat(model, tokenizer, max_new_tokens=300)
     for number in range(12):
         answer(chat, f"{number} times")
         assert ("forgotten" in capsys.readouterr().out) is bool(chat.dropped)
@@ -326,7 +326,7 @@ def test_stop_ends_a_reply_of_the_widget(tokenizer, model, monkeypatch):
     def stream(*_):
         while True:
             time.sleep(0.01)
-            yield from tokenizer.encode("fox ")
+            yield from tokenizer.encode("fox")
 
     monkeypatch.setattr(chat_module, "stream", stream)
     chat = Chat(model, tokenizer)
