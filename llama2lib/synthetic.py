@@ -324,7 +324,8 @@ def document(random: Generator, kind: str) -> str:
             kinds = {k: w for k, w in HELPFUL.items() if k not in ("story", "self")} | {"material": 1, "calculator": 1}
             ask, relation, subject, choice = question(random, "list" if kind == "list" else pick(random, kinds), "all")
             reply = _body(random, make_task(relation, subject, choice=choice), "full", "all")
-            return " ".join([written(ask), *reply] if kind == "quiz" or random.random() < 0.3 else reply[:1])
+            front, back = ([pick(random, wordings(row, "all"))] * (random.random() < 0.3) for row in ("front", "back"))
+            return " ".join([*front, written(ask), *back, *reply] if kind == "quiz" else reply[:1])
         case "story":
             return " ".join(_story(random, make_task("story", pick(random, subjects("story", "all"))), "full", "all"))
         case "sums" | "counting" | "meanings":
