@@ -14,17 +14,24 @@
 # %%
 import json
 import tempfile
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from llama2lib import ledger, paper
+from llama2lib import ledger, paper, plots
 from llama2lib.corpus import PACKAGED
+from llama2lib.judge import judge, rate, read_task, scores
 from llama2lib.model import LLAMA2, Llama
-from llama2lib.recipes import data_file
+from llama2lib.recipes import by_scale, data_file, scale, seeds
+from llama2lib.stats import paired_interval
+from llama2lib.synthetic import CLEAN, HELPFUL, answer, dialogues, prompt, prompts
 from llama2lib.tokenizer import Tokenizer, train_tokenizer
+
+plt.rcParams.update(plots.STYLE)
 
 # %% [markdown]
 # ## The chat format
@@ -541,7 +548,7 @@ class SFTConfig:
 
 SFT = {
     "paper": SFTConfig(micro_batch=2, parallel=Parallel(ac="selective", compile=True, reduce="micro_batch")),
-    "mini": SFTConfig(lr=1e-3, batch_rows=8, max_seq_len=256),
+    "mini": SFTConfig(lr=3e-4, batch_rows=4, max_seq_len=512, block_diagonal=True),
 }
 
 # %%
@@ -711,7 +718,7 @@ def loss_where(model: Llama, examples: list, wanted: int) -> float:
 torch.manual_seed(0)
 tiny, few = Llama(replace(LLAMA2["debug"], max_seq_len=256)), [e for e in examples if len(e[0]) <= 256][:8]
 before = [loss_where(tiny, few, wanted) for wanted in (1, 0)]
-recipe = replace(SFT["mini"], lr=1e-2, batch_rows=2, epochs=30)
+recipe = replace(SFT["mini"], lr=1e-2, batch_rows=2, max_seq_len=256, epochs=30)
 losses = [step.loss for step in sft(tiny, few, recipe)]
 after = [loss_where(tiny, few, wanted) for wanted in (1, 0)]
 print(f"answers {before[0]:.2f} → {after[0]:.2f} nats a token, prompts {before[1]:.2f} → {after[1]:.2f}")
@@ -771,6 +778,334 @@ def cli(prog: str = "python -m llama2lib.sft"):
     command(run, {name: (about[name], config) for name, config in SFT.items()}, prog)
 
 # %% [markdown]
+# ## A chat model of the mini world
+#
+# Later chapters need a chat model that is small, good enough to improve on, and the same each time. `mini` makes it:
+# a vocabulary of 1,024 pieces, a base model of a million parameters pretrained on documents of the mini world, and its
+# fine-tuned child. Each is trained when it is first asked for and comes from the cache after that.
+#
+# > Ours: every number here. The learning rate of fine-tuning is a thirteenth of pretraining's, as the paper's is a
+# > fifteenth of its. Larger ones teach the form of the answers faster, and cost the facts about everything that the
+# > dialogues do not mention: at 1e-3 two thirds of what the base model knew about held-out entities was gone. The
+# > dialogues are whole in their rows (block-diagonal), since short rows would cut many of them, and one in seven is
+# > about safety.
+
+
+# %%
+#| export mini
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama2lib.corpus import token_stream
+from llama2lib.dialog import Message, encode_dialog
+from llama2lib.model import LLAMA2, Llama
+from llama2lib.pretrain import PRETRAIN, Step, pretrain
+from llama2lib.recipes import by_scale, cache_folder, cached, source_digest
+from llama2lib.sft import SFT, Batches, SFTConfig, sft
+from llama2lib.synthetic import HELPFUL, dialogues, documents
+from llama2lib.tokenizer import Tokenizer, train_tokenizer
+
+KINDS = HELPFUL | {"adversarial": 3, "borderline": 1}  # what the dialogues for fine-tuning ask
+DIALOGUES = by_scale(smoke=60, laptop=3000, a100=3000)
+DOCUMENTS = by_scale(smoke=2000, laptop=100_000, a100=100_000)
+BASE = replace(PRETRAIN["book-1M"], lr=4e-3, max_seq_len=128, batch_tokens=1024, micro_batch=8)
+BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=4_600_000, a100=4_600_000))
+
+
+def tokenizer() -> Tokenizer:
+    "The vocabulary of the mini world, of 1,024 pieces."
+    made_of = source_digest("import llama2lib.synthetic, llama2lib.tokenizer")[:12]
+    path = cache_folder() / "mini" / f"tokenizer-{made_of}.model"
+    if path.exists():
+        return Tokenizer(path)
+    return train_tokenizer(documents(np.random.default_rng(0), 20_000), 1024, path)
+
+
+def watched(steps: Iterator[Step], total: int, title: str) -> list[float]:
+    "Run a training loop with a progress bar; its losses."
+    bar, losses = tqdm(steps, total=total, desc=title, unit="step", leave=False), []
+    for step in bar:
+        losses.append(step.loss)
+        bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+    return losses
+
+
+def pretrained(inputs: dict) -> dict:
+    "Weights and losses of a base model; `inputs`: seed, recipe, number of documents."
+    seed, recipe, words = inputs["seed"], inputs["recipe"], tokenizer()
+    stream = token_stream(words, documents(np.random.default_rng([1, seed]), inputs["documents"]))
+    torch.manual_seed(seed)
+    model = Llama(replace(LLAMA2["book-1M"], vocab_size=words.vocab_size))
+    losses = watched(pretrain(model, stream, recipe, seed), recipe.steps, "pretraining")
+    return {"weights": model.state_dict(), "loss": losses}
+
+
+def fine_tuned(inputs: dict) -> dict:
+    "Weights and losses after fine-tuning the base model of a seed; `inputs`: seed, recipe, dialogs."
+    recipe, words = inputs["recipe"], tokenizer()
+    examples = [encode_dialog(words, messages) for messages in inputs["dialogs"]]
+    model, batches = base(inputs["seed"]), Batches(examples, recipe)
+    losses = watched(sft(model, examples, recipe), len(batches), "fine-tuning")
+    return {"weights": model.state_dict(), "loss": losses}
+
+
+def loaded(weights: dict) -> Llama:
+    "A model of the mini world with these weights."
+    model = Llama(replace(LLAMA2["book-1M"], vocab_size=tokenizer().vocab_size))
+    model.load_state_dict(weights)
+    return model
+
+
+def base(seed: int = 0) -> Llama:
+    "The pretrained model of a seed."
+    inputs = {"seed": seed, "recipe": BASE, "documents": DOCUMENTS}
+    return loaded(cached(f"mini-base-seed{seed}", inputs, pretrained)["weights"])
+
+
+def tuned(seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"]) -> Llama:
+    "The base model of a seed after fine-tuning on dialogs."
+    inputs = {"seed": seed, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
+    return loaded(cached(f"mini-tuned-seed{seed}", inputs, fine_tuned)["weights"])
+
+
+def chat(seed: int = 0) -> Llama:
+    "The chat model of a seed: the base model after fine-tuning on dialogues of mixed quality."
+    return tuned(seed, dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS))
+
+
+# %% [markdown]
+# To measure a model it has to answer: `respond` gives the replies to many conversations at once.
+
+
+# %%
+#| export chat
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama2lib.dialog import Message, decode_answer, encode_dialog
+from llama2lib.generation import generate
+from llama2lib.model import Llama
+from llama2lib.tokenizer import Tokenizer
+
+
+class Reply(NamedTuple):
+    "An answer, and whether the model ended it."
+
+    text: str
+    finished: bool
+
+
+def respond(
+    model: Llama,
+    tokenizer: Tokenizer,
+    dialogs: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    num_samples: int = 1,
+) -> list[Reply]:
+    "Answers to conversations that end with the user, `num_samples` each, in order; arguments and errors of `generate`."
+    prompts = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
+    completions = generate(model, prompts, max_new_tokens, temperature, top_p, seed, tokenizer.eos_id, num_samples)
+    return [Reply(decode_answer(tokenizer, made.tokens), made.finished) for made in completions]
+
+
+# %%
+from llama2lib import mini
+from llama2lib.chat import respond
+
+words = mini.tokenizer()
+asked = prompts(np.random.default_rng(9), by_scale(smoke=24, laptop=384, a100=384), "test")
+attacks = prompts(np.random.default_rng(10), by_scale(smoke=12, laptop=128, a100=128), "test", "adversarial")
+runs = seeds()
+
+
+def gold(model: Llama, dialogs: list, temperature: float = 0.0) -> np.ndarray:
+    "Helpfulness and safety of the model's answers, by the gold judge. → [dialogs, 2]"
+    return scores(dialogs, respond(model, words, dialogs, 64, temperature))
+
+
+models = {"pretrained": [mini.base(seed) for seed in runs], "fine-tuned": [mini.chat(seed) for seed in runs]}
+helpful, safe = ({n: np.stack([gold(m, d)[:, i] for m in ms]) for n, ms in models.items()}
+                 for i, d in enumerate((asked, attacks)))  # fmt: skip
+sampled = np.stack([gold(model, asked, temperature=1.0)[:, 0] for model in models["fine-tuned"]])
+for name in models:
+    print(f"{name:>10}: helpfulness {helpful[name].mean():.2f}, safety under attack {safe[name].mean():.2f}; by seed "
+          f"{', '.join(f'{value:.2f}' for value in helpful[name].mean(1))}")  # fmt: skip
+print(f"fine-tuned, sampled at temperature 1: helpfulness {sampled.mean():.2f}")
+if scale() != "smoke":
+    assert helpful["fine-tuned"].mean() >= max(0.55, 3 * helpful["pretrained"].mean())
+
+# %% [markdown]
+# All prompts are held out: their wording, and whom or what they ask about, are in no dialogue of the training set. The
+# documents of pretraining do know them. So fine-tuning has taught a way to answer, and the facts come from before.
+
+# %%
+kinds = [read_task(messages).kind for messages in asked]
+names = sorted(set(kinds), key=lambda kind: -helpful["fine-tuned"][:, [k == kind for k in kinds]].mean())
+fig, ax = plt.subplots(figsize=(7, 3.4))
+for shift, (name, values) in zip((-0.2, 0.2), helpful.items(), strict=True):
+    by_seed_and_kind = np.stack([values[:, [k == kind for k in kinds]].mean(1) for kind in names])  # [kinds, seeds]
+    places = np.arange(len(names)) + shift
+    ax.bar(places, by_seed_and_kind.mean(1), 0.36, label=name, color={"pretrained": "0.75"}.get(name, "C0"))
+    ax.plot(np.repeat(places, len(runs)), by_seed_and_kind.ravel(), ".", color="0.25", markersize=4)
+ax.set(
+    xticks=range(len(names)),
+    ylabel="gold helpfulness (0 to 1)",
+    title="Fine-tuned, the model answers what the base model only continues",
+)
+ax.set_xticklabels(names, rotation=40, ha="right")
+ax.legend(title="greedy, held-out prompts; a dot a seed")
+plots.save(fig, "03_helpfulness.png")
+
+# %%
+for kind in HELPFUL:
+    [messages] = prompts(np.random.default_rng(11), 1, "test", kind)
+    [reply] = respond(models["fine-tuned"][0], words, [messages], 64)
+    print(f"{messages[0]['content']}\n    {reply.text}  [{judge(messages, *reply).helpfulness:.2f}]")
+
+# %% [markdown]
+# ## Quality is all you need
+#
+# The paper set millions of third-party examples aside for a few thousand of its own, and its results "notably
+# improved". It names what the third party lacked, diversity and quality, and gives no numbers.
+#
+# > Ours: the same number of steps on few clean dialogues, eight times over, and on eight times as many of little care,
+# > once: two in five of their answers are wrong, one in five repeats itself. Both have the same kinds of prompts, so
+# > this is about quality alone. Criterion, written before the run: the few are ahead, by an interval over seeds and
+# > held-out prompts.
+
+# %%
+NOISY = {"full": 0.2, "terse": 0.2, "wrong": 0.4, "repetitive": 0.2}
+few = by_scale(smoke=30, laptop=600, a100=600)
+
+
+def by_quality(seed: int, clean: bool) -> Llama:
+    "A model fine-tuned on few clean dialogues, or on many noisy ones, in as many steps."
+    count, epochs, quality = (few, 8, CLEAN) if clean else (8 * few, 1, NOISY)
+    dialogs = dialogues(np.random.default_rng([3, seed]), count, kinds=mini.KINDS, quality=quality)
+    return mini.tuned(seed, dialogs, replace(SFT["mini"], epochs=epochs))
+
+
+def compare(claim: str, criterion: str, printed, more: np.ndarray, less: np.ndarray, evidence: str):
+    "A ledger row of section 3.1 from scores [seeds, prompts]."
+    gap = paired_interval(more, less)
+    effects = dict(zip(runs, (more - less).mean(1).tolist(), strict=True))
+    row = ledger.record(
+        "Section 3.1", claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
+    )
+    print(f"{claim}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")
+
+
+quality = {clean: np.stack([gold(by_quality(seed, clean), asked)[:, 0] for seed in runs]) for clean in (True, False)}
+print(f"{few} clean dialogues: {quality[True].mean():.2f}; {8 * few} noisy ones: {quality[False].mean():.2f}")
+compare(
+    "gold helpfulness of few clean minus many noisy dialogues, equal steps", "> 0", "results notably improved",
+    quality[True], quality[False], "chapters/03_sft.py::by_quality",
+)  # fmt: skip
+
+# %% [markdown]
+# ## Does it matter who shares a row?
+#
+# The paper's rows let an answer see the conversations in front of it. Whether that harms, it does not ask.
+#
+# > Ours: the chat model again, on the same dialogues, by concatenation. Criterion, written before the run: it costs
+# > less than 0.05 of helpfulness.
+
+
+# %%
+def concatenated(seed: int) -> Llama:
+    "The chat model of a seed, its rows filled as the paper fills them."
+    dialogs = dialogues(np.random.default_rng([2, seed]), mini.DIALOGUES, kinds=mini.KINDS)
+    return mini.tuned(seed, dialogs, replace(SFT["mini"], block_diagonal=False))
+
+
+leaking = np.stack([gold(concatenated(seed), asked)[:, 0] for seed in runs])
+print(f"concatenated {leaking.mean():.2f}, block-diagonal {helpful['fine-tuned'].mean():.2f}")
+compare(
+    "gold helpfulness of concatenated minus block-diagonal rows", "> -0.05", "all prompts and answers concatenated",
+    leaking, helpful["fine-tuned"], "chapters/03_sft.py::concatenated",
+)  # fmt: skip
+
+# %% [markdown]
+# ## The audit
+#
+# The authors put 180 annotations beside samples of the model for the same prompts and found the samples often
+# competitive; so annotators' time went into comparing answers from then on.
+#
+# > Ours: 180 new annotations with the care of those that the model was trained on, prompts of the training split that
+# > it has not seen, and the model's samples at the settings of a chat. The rater of chapter 12 sees both without
+# > their origin, and its noise decides close ones; 'negligibly better' counts half for each. Criterion, written before
+# > the run: the model wins more than 0.4.
+
+
+# %%
+def audit(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    "Who wins, 1 for the model, 0.5 for neither; and the gold helpfulness of sample and annotation. → [180], [2, 180]"
+    annotated = dialogues(np.random.default_rng([4, seed]), audited, kinds=HELPFUL)
+    dialogs = [messages[:-1] for messages in annotated]
+    samples = respond(mini.chat(seed), words, dialogs, 64, temperature=0.6, top_p=0.9, seed=seed)
+    written = [(messages[-1]["content"], True) for messages in annotated]
+    both = np.stack([scores(dialogs, replies)[:, 0] for replies in (samples, written)])
+    swapped = np.random.default_rng([5, seed]).random(audited) < 0.5
+    won = np.empty(audited)
+    for pair in range(audited):
+        first, second = both[::-1, pair] if swapped[pair] else both[:, pair]
+        preferred, rating = rate(first, second, seed=seed * audited + pair)
+        won[pair] = 0.5 if rating == "negligibly better" else preferred == swapped[pair]
+    return won, both
+
+
+audited = by_scale(smoke=12, laptop=constants["audited"], a100=constants["audited"])
+ledger.record(
+    "Section 3.1", "audited", "preset", constants["audited"], constants["audited"],
+    evidence="chapters/03_sft.py::audited = by_scale",
+)  # fmt: skip
+won, both = (np.stack(part) for part in zip(*(audit(seed) for seed in runs), strict=True))
+print(f"model {(won == 1).mean():.0%}, neither {(won == 0.5).mean():.0%}, annotator {(won == 0).mean():.0%}; "
+      f"gold helpfulness {both[:, 0].mean():.2f} and {both[:, 1].mean():.2f}")  # fmt: skip
+compare(
+    "share of pairs won against new annotations, rated blind, ties half", "> 0.4", "often competitive",
+    won, np.zeros_like(won), "chapters/03_sft.py::audit",
+)  # fmt: skip
+
+# %% [markdown]
+# ## Table 5
+#
+# One annotation of each kind, as the paper shows them, and what the model says to the same two prompts.
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.2))
+ax.axis("off")
+place = 0.93
+random = np.random.default_rng(5)
+for title, kind in (("helpfulness", "howto"), ("safety", "adversarial")):
+    text, task = prompt(random, kind, "train")
+    [reply] = respond(models["fine-tuned"][0], words, [[{"role": "user", "content": text}]], 64)
+    rows = ((title, ""), ("prompt", text), ("annotation", answer(random, task)), ("model", reply.text))
+    for name, content in rows:
+        ax.text(0, place, name, transform=ax.transAxes, weight="normal" if content else "bold")
+        ax.text(0.16, place, textwrap.fill(content, 75), transform=ax.transAxes)
+        place -= 0.115
+    place -= 0.06
+ax.set_title("Table 5: an annotation for helpfulness and one for safety, and the model's answers")
+plots.save(fig, "table_05.png")
+row = ledger.record(
+    "Table 5", "an annotation for helpfulness and one for safety", "illustrated", None, None,
+    evidence="figures/table_05.png",
+)  # fmt: skip
+ledger.record(
+    "Section 3.1", "annotations", "not reproducible: the annotations and their annotators are private",
+    constants["annotations"], mini.DIALOGUES,
+)  # fmt: skip
+print(row["status"])
+
+# %% [markdown]
 # ## Chat
 #
 # A chat is a conversation that grows: the user's message is put behind it, the whole is encoded, and the model goes on.
@@ -783,19 +1118,16 @@ def cli(prog: str = "python -m llama2lib.sft"):
 import contextlib
 import html
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import tyro
 
 from llama2lib.checkpoint import load_checkpoint
-from llama2lib.dialog import TAGS, Message, decode_answer, encode_dialog
-from llama2lib.generation import generate, stream
-from llama2lib.model import Llama
-from llama2lib.tokenizer import Tokenizer
+from llama2lib.dialog import TAGS
+from llama2lib.generation import stream
 
 
 def fit(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[int], int]:
@@ -887,9 +1219,8 @@ class Chat:
         self.temperature, self.top_p = temperature, top_p
         self.max_new_tokens, self.room = max_new_tokens, model.config.max_seq_len - max_new_tokens
         if self.room < 1:
-            raise ValueError(
-                f"max_new_tokens {max_new_tokens} leaves no room for a message in a context of {model.config.max_seq_len}"
-            )
+            context = f"a context of {model.config.max_seq_len}"
+            raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a message in {context}")
         self.replies = 0
         self.begin(system)
 
@@ -946,36 +1277,10 @@ assert len(chat.messages) == 2
 # ### In a terminal
 #
 # `python -m llama2lib.chat --model FOLDER` does this with a prompt, and `/system`, `/new` and Ctrl-C for the rest.
-# Replies to many conversations at once, as the measurements of this and later chapters need them, come from `respond`.
 
 
 # %%
 #| export chat
-class Reply(NamedTuple):
-    "An answer, and whether the model ended it."
-
-    text: str
-    finished: bool
-
-
-def respond(
-    model: Llama,
-    tokenizer: Tokenizer,
-    dialogs: Sequence[Sequence[Message]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    num_samples: int = 1,
-) -> list[Reply]:
-    "Answers to conversations that end with the user, `num_samples` each, in order; arguments and errors of `generate`."
-    prompts = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
-    completions = generate(
-        model, prompts, max_new_tokens, temperature, top_p, seed, tokenizer.eos_id, num_samples
-    )  # fmt: skip
-    return [Reply(decode_answer(tokenizer, made.tokens), made.finished) for made in completions]
-
-
 @dataclass(frozen=True)
 class ChatConfig:
     "A chat in the terminal."
@@ -1036,7 +1341,7 @@ def cli(prog: str = "python -m llama2lib.chat"):
     config = tyro.cli(ChatConfig, prog=prog)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives input() its line editing and history)
+        import readline  # gives input() line editing and a history
     try:
         tokenizer = Tokenizer(config.tokenizer or config.model)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

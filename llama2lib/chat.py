@@ -1,11 +1,11 @@
 """Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
+    "Reply",
+    "respond",
     "fit",
     "text_of",
     "Chat",
-    "Reply",
-    "respond",
     "ChatConfig",
     "HELP",
     "talk",
@@ -15,24 +15,55 @@ __all__ = [
 ]
 
 
+# ---------- chapters/03_sft.py · A chat model of the mini world
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama2lib.dialog import Message, decode_answer, encode_dialog
+from llama2lib.generation import generate
+from llama2lib.model import Llama
+from llama2lib.tokenizer import Tokenizer
+
+
+class Reply(NamedTuple):
+    "An answer, and whether the model ended it."
+
+    text: str
+    finished: bool
+
+
+def respond(
+    model: Llama,
+    tokenizer: Tokenizer,
+    dialogs: Sequence[Sequence[Message]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    num_samples: int = 1,
+) -> list[Reply]:
+    "Answers to conversations that end with the user, `num_samples` each, in order; arguments and errors of `generate`."
+    prompts = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
+    completions = generate(model, prompts, max_new_tokens, temperature, top_p, seed, tokenizer.eos_id, num_samples)
+    return [Reply(decode_answer(tokenizer, made.tokens), made.finished) for made in completions]
+
+
 # ---------- chapters/03_sft.py · Chat
 
 import contextlib
 import html
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import tyro
 
 from llama2lib.checkpoint import load_checkpoint
-from llama2lib.dialog import TAGS, Message, decode_answer, encode_dialog
-from llama2lib.generation import generate, stream
-from llama2lib.model import Llama
-from llama2lib.tokenizer import Tokenizer
+from llama2lib.dialog import TAGS
+from llama2lib.generation import stream
 
 
 def fit(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[int], int]:
@@ -86,9 +117,8 @@ class Chat:
         self.temperature, self.top_p = temperature, top_p
         self.max_new_tokens, self.room = max_new_tokens, model.config.max_seq_len - max_new_tokens
         if self.room < 1:
-            raise ValueError(
-                f"max_new_tokens {max_new_tokens} leaves no room for a message in a context of {model.config.max_seq_len}"
-            )
+            context = f"a context of {model.config.max_seq_len}"
+            raise ValueError(f"max_new_tokens {max_new_tokens} leaves no room for a message in {context}")
         self.replies = 0
         self.begin(system)
 
@@ -125,31 +155,6 @@ class Chat:
 
 
 # ---------- chapters/03_sft.py · In a terminal
-
-class Reply(NamedTuple):
-    "An answer, and whether the model ended it."
-
-    text: str
-    finished: bool
-
-
-def respond(
-    model: Llama,
-    tokenizer: Tokenizer,
-    dialogs: Sequence[Sequence[Message]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    num_samples: int = 1,
-) -> list[Reply]:
-    "Answers to conversations that end with the user, `num_samples` each, in order; arguments and errors of `generate`."
-    prompts = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
-    completions = generate(
-        model, prompts, max_new_tokens, temperature, top_p, seed, tokenizer.eos_id, num_samples
-    )  # fmt: skip
-    return [Reply(decode_answer(tokenizer, made.tokens), made.finished) for made in completions]
-
 
 @dataclass(frozen=True)
 class ChatConfig:
@@ -211,7 +216,7 @@ def cli(prog: str = "python -m llama2lib.chat"):
     config = tyro.cli(ChatConfig, prog=prog)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 (gives input() its line editing and history)
+        import readline  # gives input() line editing and a history
     try:
         tokenizer = Tokenizer(config.tokenizer or config.model)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -10,6 +10,7 @@ __all__ = [
     "Verdict",
     "obeys",
     "judge",
+    "scores",
     "RATINGS",
     "rate",
 ]
@@ -21,6 +22,7 @@ import re
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float
 
 from llama2lib.grammar import WORDINGS, pronoun_of
 from llama2lib.world import DEED, FIGURES, GROUPS, HOBBIES, LANGUAGES, MAYORS, NAMED, NOBODY, PEOPLE, RELATIONS, RISKS
@@ -407,6 +409,12 @@ def judge(messages: list[dict], answer: str, finished: bool = True) -> Verdict:
         scores.append(round(min(1.0, max(0.0, sum(point for point, _ in points))), 2))
         reasons += [f"{point:+.2f} {reason}" for point, reason in points if point]
     return Verdict(*scores, tuple(reasons))
+
+
+def scores(dialogs: list[list[dict]], replies: list[tuple[str, bool]]) -> Float[np.ndarray, "N 2"]:
+    "Gold helpfulness and safety of replies, (text, whether the model ended it), to dialogs; errors as in `judge`."
+    verdicts = (judge(messages, *reply) for messages, reply in zip(dialogs, replies, strict=True))
+    return np.array([(verdict.helpfulness, verdict.safety) for verdict in verdicts])
 
 
 # ---------- chapters/12_mini_world.py · Ratings

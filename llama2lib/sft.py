@@ -190,7 +190,7 @@ class SFTConfig:
 
 SFT = {
     "paper": SFTConfig(micro_batch=2, parallel=Parallel(ac="selective", compile=True, reduce="micro_batch")),
-    "mini": SFTConfig(lr=1e-3, batch_rows=8, max_seq_len=256),
+    "mini": SFTConfig(lr=3e-4, batch_rows=4, max_seq_len=512, block_diagonal=True),
 }
 
 

@@ -56,7 +56,7 @@ def pick(random: Generator, items):
 
 @cache
 def subjects(relation: str, split: str, kind: str = "") -> list[str]:
-    "All subjects of a relation in a split; `kind` narrows deeds by risk and sums by size. Not for lists of words."
+    "All subjects of a relation in a split; `kind` (or a risk) narrows deeds and sums. Not for lists of words."
     low, high = (11, 99) if kind == "calculator" else (1, 10)
     match RELATIONS[relation]:
         case "person" | "animal" | "thing" as type_:
@@ -107,7 +107,7 @@ def question(random: Generator, kind: str, split: str) -> tuple[str, str, str, b
     if kind == "copy":
         subject = " ".join(random.choice(of_split(WORDS, split), size=random.integers(2, 4), replace=False))
     elif kind != "self":
-        subject = pick(random, subjects(relation, split, kind))
+        subject = pick(random, subjects(relation, split, pick(random, RISKS) if kind == "adversarial" else kind))
     if relation == "tool" and deed(subject).risk in ("", "illicit") and random.random() < 0.5:
         verb, thing = subject.split()
         subject = f"{verb} {pick(random, of_split(PEOPLE, split))}'s {thing}"
@@ -168,7 +168,7 @@ def prompts(random: Generator, n: int, split: str, kind: str | Mapping[str, floa
 # ---------- chapters/12_mini_world.py · Demonstrations
 
 CLEAN = {"full": 1.0}
-MIXED = {"full": 0.3, "terse": 0.4, "wrong": 0.15, "repetitive": 0.15}
+MIXED = {"full": 0.6, "terse": 0.2, "wrong": 0.1, "repetitive": 0.1}
 
 
 def state(random: Generator, claim: Claim, split: str, pronoun: str = "") -> str:
@@ -307,7 +307,7 @@ def dialogues(
 # ---------- chapters/12_mini_world.py · Documents
 
 DOCUMENTS = {
-    "facts": 12, "quiz": 3, "story": 2, "sums": 2, "counting": 1, "list": 1, "meanings": 2, "howto": 4, "words": 2,
+    "facts": 9, "quiz": 12, "story": 3, "sums": 2, "counting": 1, "list": 2, "meanings": 4, "howto": 4, "words": 5,
     "years": 1, "talk": 2, "said": 1,
 }  # fmt: skip
 
@@ -321,16 +321,22 @@ def document(random: Generator, kind: str) -> str:
             pronouns = ["", *(pronoun_of(c.relation, subject) if random.random() < 0.5 else "" for c in facts[1:])]
             return " ".join(state(random, fact, "all", pronoun) for fact, pronoun in zip(facts, pronouns, strict=True))
         case "quiz" | "list":
-            kinds = {k: w for k, w in HELPFUL.items() if k not in ("story", "self")} | {"material": 1, "calculator": 1}
+            kinds = {k: max(w, 2) for k, w in HELPFUL.items() if k not in ("story", "self")}
+            kinds |= {"material": 1, "calculator": 1}
             ask, relation, subject, choice = question(random, "list" if kind == "list" else pick(random, kinds), "all")
             reply = _body(random, make_task(relation, subject, choice=choice), "full", "all")
-            front, back = ([pick(random, wordings(row, "all"))] * (random.random() < 0.3) for row in ("front", "back"))
-            return " ".join([*front, written(ask), *back, *reply] if kind == "quiz" else reply[:1])
+            front, back, agree, wish = (
+                [pick(random, wordings(row, "all"))] * (random.random() < share)
+                for row, share in (("front", 0.3), ("back", 0.3), ("agree", 0.1), ("wish", 0.1))
+            )
+            return " ".join([*front, written(ask), *back, *agree, *reply, *wish] if kind == "quiz" else reply[:1])
         case "story":
-            return " ".join(_story(random, make_task("story", pick(random, subjects("story", "all"))), "full", "all"))
+            ask, _, subject, _ = question(random, "story", "all")
+            told = _story(random, make_task("story", subject), "full", "all")
+            return " ".join([written(ask), *told] if random.random() < 0.5 else told)
         case "sums" | "counting" | "meanings":
             relation, most = {"sums": ("value", 6), "counting": ("count", 3)}.get(kind, ("opposite", 4))
-            relation = "category" if kind == "meanings" and random.random() < 0.5 else relation
+            relation = "category" if kind == "meanings" and random.random() < 0.4 else relation
             drawn = (pick(random, subjects(relation, "all")) for _ in range(random.integers(2, most)))
             return " ".join(state(random, Claim(relation, s, truth(relation, s)), "all") for s in drawn)
         case "howto":

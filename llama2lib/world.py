@@ -50,6 +50,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -302,10 +303,11 @@ def holds(claim: Claim, me: Mapping[str, str] = NOBODY) -> bool:
     return value is not None and normal(value) == claim.value
 
 
-def about(subject: str) -> list[Claim]:
+@cache
+def about(subject: str) -> tuple[Claim, ...]:
     "The facts of the table about a person, an animal or a thing."
-    return [Claim(relation, subject, v) for (relation, s), v in FACTS.items() if s == subject
-            and RELATIONS[relation] in ("person", "animal", "thing")]  # fmt: skip
+    types = ("person", "animal", "thing")
+    return tuple(Claim(r, s, value) for (r, s), value in FACTS.items() if s == subject and RELATIONS[r] in types)
 
 
 def _details(relation: str, subject: str, me: Mapping[str, str], year: int | None) -> list[Claim]:

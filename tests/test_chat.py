@@ -1,4 +1,4 @@
-"""The chat: what the model is given, what the user sees, what is forgotten, and what happens when a reply is stopped."""
+"""The chat: what the model is given, what the user sees, what is forgotten, and how a reply is stopped."""
 
 import contextlib
 import os
@@ -293,7 +293,7 @@ def test_the_widget_does_the_same(tokenizer, model, scripted):
     chat = Chat(model, tokenizer)
     box = chat_module.widget(chat)
     shown, row, system = box.children
-    line, send, stop, new = row.children
+    line, send, _, new = row.children
     assert isinstance(shown, widgets.HTML)
 
     def finished():

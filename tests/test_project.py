@@ -167,7 +167,7 @@ def test_imports_point_one_way():
     order = ["recipes", "paper", "stats", "plots", "launch", "ledger", "model", "tokenizer", "formats"]
     order += ["checkpoint", "generation", "world", "grammar", "synthetic", "judge"]
     order += ["corpus", "cleaning", "shards", "optim", "distributed", "pretrain", "ablations", "scaling"]
-    order += ["roofline", "plan", "serving", "dialog", "sft"]
+    order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "chat"]
     for file in ROOT.glob("llama2lib/*.py"):
         if file.stem == "__init__":
             continue

@@ -418,6 +418,7 @@ def torchrun(recipe: SFTConfig, out: Path, *options, nproc: int = 2):
     "The command a reader would give."
     options = ["--model", recipe.model, "--data", recipe.data, "--out", out, "--lr", recipe.lr, *options]
     options += ["--batch-rows", recipe.batch_rows, "--max-seq-len", recipe.max_seq_len, "--micro-batch", 1]
+    options += ["--block-diagonal" if recipe.block_diagonal else "--no-block-diagonal"]
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += torchrun_arguments("llama2lib.sft", "mini", *options, nproc=nproc)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -1,0 +1,102 @@
+"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "KINDS",
+    "DIALOGUES",
+    "DOCUMENTS",
+    "BASE",
+    "tokenizer",
+    "watched",
+    "pretrained",
+    "fine_tuned",
+    "loaded",
+    "base",
+    "tuned",
+    "chat",
+]
+
+
+# ---------- chapters/03_sft.py · A chat model of the mini world
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama2lib.corpus import token_stream
+from llama2lib.dialog import Message, encode_dialog
+from llama2lib.model import LLAMA2, Llama
+from llama2lib.pretrain import PRETRAIN, Step, pretrain
+from llama2lib.recipes import by_scale, cache_folder, cached, source_digest
+from llama2lib.sft import SFT, Batches, SFTConfig, sft
+from llama2lib.synthetic import HELPFUL, dialogues, documents
+from llama2lib.tokenizer import Tokenizer, train_tokenizer
+
+KINDS = HELPFUL | {"adversarial": 3, "borderline": 1}  # what the dialogues for fine-tuning ask
+DIALOGUES = by_scale(smoke=60, laptop=3000, a100=3000)
+DOCUMENTS = by_scale(smoke=2000, laptop=100_000, a100=100_000)
+BASE = replace(PRETRAIN["book-1M"], lr=4e-3, max_seq_len=128, batch_tokens=1024, micro_batch=8)
+BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=4_600_000, a100=4_600_000))
+
+
+def tokenizer() -> Tokenizer:
+    "The vocabulary of the mini world, of 1,024 pieces."
+    made_of = source_digest("import llama2lib.synthetic, llama2lib.tokenizer")[:12]
+    path = cache_folder() / "mini" / f"tokenizer-{made_of}.model"
+    if path.exists():
+        return Tokenizer(path)
+    return train_tokenizer(documents(np.random.default_rng(0), 20_000), 1024, path)
+
+
+def watched(steps: Iterator[Step], total: int, title: str) -> list[float]:
+    "Run a training loop with a progress bar; its losses."
+    bar, losses = tqdm(steps, total=total, desc=title, unit="step", leave=False), []
+    for step in bar:
+        losses.append(step.loss)
+        bar.set_postfix(loss=f"{step.loss:.3f}", refresh=False)
+    return losses
+
+
+def pretrained(inputs: dict) -> dict:
+    "Weights and losses of a base model; `inputs`: seed, recipe, number of documents."
+    seed, recipe, words = inputs["seed"], inputs["recipe"], tokenizer()
+    stream = token_stream(words, documents(np.random.default_rng([1, seed]), inputs["documents"]))
+    torch.manual_seed(seed)
+    model = Llama(replace(LLAMA2["book-1M"], vocab_size=words.vocab_size))
+    losses = watched(pretrain(model, stream, recipe, seed), recipe.steps, "pretraining")
+    return {"weights": model.state_dict(), "loss": losses}
+
+
+def fine_tuned(inputs: dict) -> dict:
+    "Weights and losses after fine-tuning the base model of a seed; `inputs`: seed, recipe, dialogs."
+    recipe, words = inputs["recipe"], tokenizer()
+    examples = [encode_dialog(words, messages) for messages in inputs["dialogs"]]
+    model, batches = base(inputs["seed"]), Batches(examples, recipe)
+    losses = watched(sft(model, examples, recipe), len(batches), "fine-tuning")
+    return {"weights": model.state_dict(), "loss": losses}
+
+
+def loaded(weights: dict) -> Llama:
+    "A model of the mini world with these weights."
+    model = Llama(replace(LLAMA2["book-1M"], vocab_size=tokenizer().vocab_size))
+    model.load_state_dict(weights)
+    return model
+
+
+def base(seed: int = 0) -> Llama:
+    "The pretrained model of a seed."
+    inputs = {"seed": seed, "recipe": BASE, "documents": DOCUMENTS}
+    return loaded(cached(f"mini-base-seed{seed}", inputs, pretrained)["weights"])
+
+
+def tuned(seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"]) -> Llama:
+    "The base model of a seed after fine-tuning on dialogs."
+    inputs = {"seed": seed, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
+    return loaded(cached(f"mini-tuned-seed{seed}", inputs, fine_tuned)["weights"])
+
+
+def chat(seed: int = 0) -> Llama:
+    "The chat model of a seed: the base model after fine-tuning on dialogues of mixed quality."
+    return tuned(seed, dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS))
