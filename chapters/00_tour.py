@@ -1,14 +1,14 @@
 # %% [markdown]
 # # The tour
 #
-# > From raw text to a small Llama 2 that writes, in a few minutes on a laptop and without a network. Each stage is one
-# > call into the library; the chapters explain what is inside.
+# > From raw text to a small Llama 2 that writes, and on to one that answers, in ten minutes on a laptop and without a
+# > network. Each stage is one call into the library; the chapters explain what is inside.
 #
-# The paper's pipeline begins with text and a tokenizer, and trains a base model on it (section 2). This tour does the
-# same with a million parameters instead of seventy billion, and real text that every installation has.
+# The paper's pipeline begins with text and a tokenizer, trains a base model on it (section 2), and fine-tunes that on
+# dialogues (section 3). This tour does the same with a million parameters instead of seventy billion.
 #
 # > Ours: the text, and every size. (Paragraphs that begin with 'Ours' say where we choose or differ.) Later chapters
-# > add the stages that turn a base model into a chat model.
+# > add the stages that make it a better chat model.
 
 # %%
 import math
@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llama2lib import plots
+from llama2lib import mini, plots, synthetic
+from llama2lib.chat import Chat, respond, widget
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.corpus import Source, describe, mix, packaged_sources, read_documents, shares, token_stream
 from llama2lib.generation import generate
+from llama2lib.judge import scores
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.pretrain import PRETRAIN, held_out_loss, pretrain
-from llama2lib.recipes import cache_folder, cached, scale
+from llama2lib.recipes import ROOT, cache_folder, cached, scale
 from llama2lib.tokenizer import train_tokenizer
 
 plt.rcParams.update(plots.STYLE)
@@ -197,7 +199,56 @@ else:
     assert difference < 1e-4
 
 # %% [markdown]
+# ## 7. A small world
+#
+# The text above is real, and a million parameters cannot say anything true about it. To teach a model to answer, and to
+# see whether its answers are right, we need a world that fits into it: some hundred people with jobs, towns and pets,
+# animals, things, sums, lists and stories, in simple English. Every answer in it can be judged by a program. The base
+# model is pretrained on documents of this world: four minutes on two cores, the first time.
+
+# %%
+print(*synthetic.documents(np.random.default_rng(0), 4), sep="\n")
+words, world_model = mini.tokenizer(), mini.base()
+[continuation] = generate(world_model, [words.encode("Ida lives in", bos=True)], 12, 0.0, eos_id=words.eos_id)
+print(f"\nIda lives in⟩{words.decode(continuation.tokens)}")
+
+# %% [markdown]
+# ## 8. Supervised fine-tuning
+#
+# The base model continues text. Three thousand dialogues in Llama 2's chat format, with a loss on the answers alone,
+# turn it into a model that answers (section 3.1): one minute. The prompts below are about people and things, and in
+# wordings, that no dialogue had.
+
+# %%
+[dialogue] = synthetic.dialogues(np.random.default_rng(4), 1, turns=(0.0, 1.0))
+for message in dialogue:
+    print(f"{message['role']:>10}: {message['content']}")
+chat_model = mini.chat()
+asked = synthetic.prompts(np.random.default_rng(1), 24 if smoke else 200, "test")
+for name, each in (("before", world_model), ("after", chat_model)):
+    helpful = scores(asked, respond(each, words, asked, 64))[:, 0].mean()
+    print(f"{name} fine-tuning: helpfulness {helpful:.2f} of 1")
+if not smoke:
+    assert helpful > 0.5
+
+# %% [markdown]
+# ## 9. Chat
+#
+# Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
+
+# %%
+chat = Chat(chat_model, words, max_new_tokens=64)
+for text in ("Where does Ida live?", "What does she do for a living?", "Tell me a story about a duck and a lamp."):
+    print(f"> {text}\n{''.join(chat.reply(text))}")
+save_checkpoint(chat_model, folder / "chat", tokenizer=words)
+print(f"\npython -m llama2lib.chat --model {os.path.relpath(folder / 'chat', ROOT)}")
+
+# %%
+widget(Chat(chat_model, words, max_new_tokens=64))
+
+# %% [markdown]
 # ## What comes next
 #
-# Chapter 01 builds this model from its parts, chapter 02 trains it, and both say where the paper is silent. To load a
-# real Llama 2, give `load_checkpoint` the folder that Meta or Hugging Face ships.
+# Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, and all say where
+# the paper is silent; chapter 12 is the small world. To load a real Llama 2, give `load_checkpoint` the folder that
+# Meta or Hugging Face ships.

@@ -9,7 +9,7 @@ __all__ = [
     "ChatConfig",
     "HELP",
     "talk",
-    "answer",
+    "print_reply",
     "cli",
     "widget",
 ]
@@ -53,6 +53,7 @@ def respond(
 
 import contextlib
 import html
+import importlib
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -193,10 +194,10 @@ def talk(chat: Chat):
             case [word, *_] if word.startswith("/"):
                 print(HELP)
             case _:
-                answer(chat, text)
+                print_reply(chat, text)
 
 
-def answer(chat: Chat, text: str):
+def print_reply(chat: Chat, text: str):
     "Print the reply to a message as it comes, and what has to be said about it."
     try:
         with contextlib.closing(chat.reply(text)) as pieces:
@@ -216,7 +217,7 @@ def cli(prog: str = "python -m llama2lib.chat"):
     config = tyro.cli(ChatConfig, prog=prog)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.suppress(ImportError):
-        import readline  # gives input() line editing and a history
+        importlib.import_module("readline")  # gives input() line editing and a history
     try:
         tokenizer = Tokenizer(config.tokenizer or config.model)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

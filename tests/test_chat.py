@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama2lib import chat as chat_module
-from llama2lib.chat import Chat, answer, fit, respond, talk, text_of
+from llama2lib.chat import Chat, fit, print_reply, respond, talk, text_of
 from llama2lib.checkpoint import save_checkpoint
 from llama2lib.dialog import TAGS, decode_answer, encode_dialog
 from llama2lib.generation import generate
@@ -218,7 +218,7 @@ def test_the_terminal_says_what_happens(tokenizer, model, scripted, monkeypatch,
     assert shown[5] == "a new conversation" and shown[6] == shown[0] and shown[7] == "dog"
     assert chat.messages == turns("whom?", "dog")
     chat.max_new_tokens = 1
-    answer(chat, "again?")
+    print_reply(chat, "again?")
     assert "cut off after 1 tokens" in capsys.readouterr().out
 
 
@@ -226,7 +226,7 @@ def test_the_terminal_says_that_turns_are_forgotten(tokenizer, model, scripted, 
     scripted[1].extend(["the lazy dog"] * 12)
     chat = Chat(model, tokenizer, max_new_tokens=300)
     for number in range(12):
-        answer(chat, f"{number} times")
+        print_reply(chat, f"{number} times")
         assert ("forgotten" in capsys.readouterr().out) is bool(chat.dropped)
     assert chat.dropped
 
