@@ -58,10 +58,12 @@ ledger: env  ## judge the claims and write figures/ledger.json (SEEDS=3,4,5 for 
 	for chapter in $(sort $(wildcard chapters/[0-9]*.py)); do $(PY) $$chapter || exit 1; done && \
 	$(PY) -m llama2lib.ledger $(if $(COMPARE),--compare,--since $$since)
 
-bench: env  ## timings as ratios: to transformers, to SentencePiece, to a bare training loop
+bench: env  ## timings as ratios: to transformers, SentencePiece, a bare training loop, TRL (installed first)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(PY) tests/benchmarks/run.py
 	$(PY) tests/benchmarks/data.py
 	$(PY) tests/benchmarks/pretraining.py
+	$(PY) tests/benchmarks/sft.py
 
 lab: env  ## open the chapters in Jupyter
 	$(PY) -m jupyterlab chapters --port $(PORT)

@@ -29,7 +29,7 @@ from llama2lib.tokenizer import train_tokenizer
 #
 # People, animals and things come first. An animal has a home, a food and a sound, a thing a colour, a place and a
 # material; these stand in the table. People's jobs, towns and pets are dealt out like cards, in the order of a hash of
-# the name. Names are short and common words few, so that a vocabulary of 1,024 pieces keeps most of them whole.
+# the name. Names are short and common words few, so that a vocabulary of 2,048 pieces keeps them whole.
 
 # %%
 #| default_exp world
@@ -961,7 +961,7 @@ for message in dialog:
 #
 # Text for pretraining holds every entity and every wording, held out or not: facts, quizzes, stories, sums, lists,
 # advice on how to do things, harmful things among them, so that the base model complies. It does not contain a dialogue
-# in the chat format. Quizzes are a quarter of it, questions with a full answer such as people post: the base model
+# in the chat format. Almost half are quizzes, questions with a full answer such as people post: the base model
 # learns from them which question asks for which fact, and fine-tuning has only to teach it to answer in a chat. Words
 # said after somebody teach copying, which a small model needs for instructions.
 
@@ -969,7 +969,7 @@ for message in dialog:
 # %%
 #| export
 DOCUMENTS = {
-    "facts": 9, "quiz": 12, "story": 3, "sums": 2, "counting": 1, "list": 2, "meanings": 4, "howto": 4, "words": 5,
+    "facts": 9, "quiz": 30, "story": 3, "sums": 2, "counting": 1, "list": 2, "meanings": 4, "howto": 4, "words": 5,
     "years": 1, "talk": 2, "said": 1,
 }  # fmt: skip
 
@@ -1044,19 +1044,24 @@ for kind in DOCUMENTS:
     print(f"{kind:>9}: {document(random, kind)}")
 
 # %% [markdown]
-# With a vocabulary of 1,024 pieces, of which 259 are control tokens and bytes, most words of the world are one piece.
+# How large a vocabulary does this text need? 259 pieces are control tokens and bytes, single letters are more. With
+# 1,024 in all, most names and tools fall into several pieces, and the model has to learn to spell before it can learn
+# facts. With 2,048 every word of the tables but a few is a piece, and documents get shorter.
 
 # %%
-texts = documents(np.random.default_rng(0), by_scale(smoke=3000, laptop=20_000, a100=20_000))
-with TemporaryDirectory() as folder:
-    tokenizer = train_tokenizer(texts, 1024, Path(folder) / "tokenizer.model")
-tokens = [len(ids) for ids in tokenizer.encode_batch(texts)]
-words = Counter(re.findall(r"[A-Za-z]+", " ".join(texts)))
-pieces = np.array([len(tokenizer.encode(word)) for word in words])
-share = np.average(pieces == 1, weights=list(words.values()))
-print(f"{np.mean(tokens):.1f} tokens a document ({np.percentile(tokens, 5):.0f} to {np.percentile(tokens, 95):.0f})")
-print(f"{len(words)} words; {share:.0%} of running words are one piece; {np.mean(pieces > 2):.0%} of words are 3 up")
-assert share > 0.8 and not re.search(r"\[/?INST\]|<<|</?s>", " ".join(texts))
+texts = documents(np.random.default_rng(0), by_scale(smoke=5000, laptop=20_000, a100=20_000))
+groups = {"names": [name.capitalize() for name in PEOPLE], "tools": sorted({row.tool for row in DEED.values()}),
+          "verbs": sorted({verb for verb, _ in DEED})}  # fmt: skip
+groups["opposites"] = [name for relation, name in FACTS if relation == "opposite"]
+for size in (1024, 2048):
+    with TemporaryDirectory() as folder:
+        tokenizer = train_tokenizer(texts, size, Path(folder) / "tokenizer.model")
+    tokens = [len(ids) for ids in tokenizer.encode_batch(texts)]
+    whole = {name: np.mean([len(tokenizer.encode(f"of {w}")) == 2 for w in row]) for name, row in groups.items()}
+    print(f"{size} pieces: {np.mean(tokens):.1f} tokens a document ({np.percentile(tokens, 5):.0f} to "
+          f"{np.percentile(tokens, 95):.0f}); in one piece:",
+          ", ".join(f"{share:.0%} of {name}" for name, share in whole.items()))  # fmt: skip
+assert min(whole.values()) > 0.9 and not re.search(r"\[/?INST\]|<<|</?s>", " ".join(texts))
 
 # %% [markdown]
 # ## How many prompts

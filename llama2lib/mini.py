@@ -2,6 +2,7 @@
 
 __all__ = [
     "KINDS",
+    "VOCABULARY",
     "DIALOGUES",
     "DOCUMENTS",
     "BASE",
@@ -35,19 +36,20 @@ from llama2lib.synthetic import HELPFUL, dialogues, documents
 from llama2lib.tokenizer import Tokenizer, train_tokenizer
 
 KINDS = HELPFUL | {"adversarial": 3, "borderline": 1}  # what the dialogues for fine-tuning ask
+VOCABULARY = 2048  # at 1,024 most names fall into several pieces (chapter 12)
 DIALOGUES = by_scale(smoke=60, laptop=3000, a100=3000)
-DOCUMENTS = by_scale(smoke=2000, laptop=100_000, a100=100_000)
+DOCUMENTS = by_scale(smoke=2000, laptop=150_000, a100=150_000)
 BASE = replace(PRETRAIN["book-1M"], lr=4e-3, max_seq_len=128, batch_tokens=1024, micro_batch=8)
-BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=4_600_000, a100=4_600_000))
+BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_600_000, a100=3_600_000))
 
 
 def tokenizer() -> Tokenizer:
-    "The vocabulary of the mini world, of 1,024 pieces."
+    "The vocabulary of the mini world, of VOCABULARY pieces."
     made_of = source_digest("import llama2lib.synthetic, llama2lib.tokenizer")[:12]
     path = cache_folder() / "mini" / f"tokenizer-{made_of}.model"
     if path.exists():
         return Tokenizer(path)
-    return train_tokenizer(documents(np.random.default_rng(0), 20_000), 1024, path)
+    return train_tokenizer(documents(np.random.default_rng(0), 20_000), VOCABULARY, path)
 
 
 def watched(steps: Iterator[Step], total: int, title: str) -> list[float]:

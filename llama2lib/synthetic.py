@@ -307,7 +307,7 @@ def dialogues(
 # ---------- chapters/12_mini_world.py · Documents
 
 DOCUMENTS = {
-    "facts": 9, "quiz": 12, "story": 3, "sums": 2, "counting": 1, "list": 2, "meanings": 4, "howto": 4, "words": 5,
+    "facts": 9, "quiz": 30, "story": 3, "sums": 2, "counting": 1, "list": 2, "meanings": 4, "howto": 4, "words": 5,
     "years": 1, "talk": 2, "said": 1,
 }  # fmt: skip
 
