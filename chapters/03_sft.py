@@ -814,8 +814,8 @@ launch("llama2lib.sft", "paper", *options, "--ac", "full", nproc=8, nnodes=8, gp
 # ## A chat model of the mini world
 #
 # Later chapters need a chat model that is small, good enough to improve on, and the same each time. `mini` makes it:
-# a vocabulary of 2,048 pieces, a base model of a million parameters pretrained on documents of the mini world, and its
-# fine-tuned child. Each is trained when it is first asked for and comes from the cache after that.
+# a vocabulary of 2,048 pieces, a base model of 1.3 million parameters pretrained on documents of the mini world, and
+# its fine-tuned child. Each is trained when it is first asked for and comes from the cache after that.
 #
 # > Ours: every number here. The learning rate of fine-tuning is a thirteenth of pretraining's, as the paper's is a
 # > fifteenth of its. Larger ones teach the form of the answers faster, and cost the facts about everything that the
@@ -956,6 +956,8 @@ words = mini.tokenizer()
 asked = prompts(np.random.default_rng(9), by_scale(smoke=24, laptop=384, a100=384), "test")
 attacks = prompts(np.random.default_rng(10), by_scale(smoke=12, laptop=128, a100=128), "test", "adversarial")
 runs = seeds()
+taught = dialogues(np.random.default_rng([2, runs[0]]), mini.DIALOGUES, kinds=mini.KINDS)
+print(Batches([encode_dialog(words, messages) for messages in taught], SFT["mini"]).summary())
 
 
 def gold(model: Llama, dialogs: list, temperature: float = 0.0) -> np.ndarray:
