@@ -234,11 +234,12 @@ if not smoke:
 # %% [markdown]
 # ## 9. Chat
 #
-# Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
+# Ask it something; it gets about two in three right. In Jupyter the box below takes your messages; in a terminal,
+# `python -m llama2lib.chat` does.
 
 # %%
 chat = Chat(chat_model, words, max_new_tokens=64)
-for text in ("Where does Ida live?", "What does she do for a living?", "Tell me a story about a duck and a lamp."):
+for text in ("Where does Ida live?", "What pet does she have?", "How can I open the gate?"):
     print(f"> {text}\n{''.join(chat.reply(text))}")
 save_checkpoint(chat_model, folder / "chat", tokenizer=words)
 print(f"\npython -m llama2lib.chat --model {os.path.relpath(folder / 'chat', ROOT)}")

@@ -23,6 +23,7 @@ from llama2lib.recipes import ROOT, scale, source_digest, write_atomic
 
 CHAPTERS = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"  # a bar that only lives while its cell runs
+INLINE = "module://matplotlib_inline.backend_inline"  # figures into the notebook, whatever the environment says
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 
@@ -92,7 +93,7 @@ def build(names: list[str]):
                 on_cell_executed=lambda cell, cell_index, execute_reply, bar=bar: bar.update(),
             )
             try:
-                client.execute(env={**os.environ, "LLAMA2_SCALE": scale()})
+                client.execute(env=os.environ | {"LLAMA2_SCALE": scale(), "MPLBACKEND": INLINE})
             except CellExecutionError as error:
                 raise SystemExit(f"{chapter.name} stopped; the notebook was not written.\n{error}") from None
         tidy(notebook)

@@ -106,6 +106,16 @@ def test_a_notebook_is_built_executed_and_rebuilt_when_its_prose_or_code_changes
     assert failed.returncode == 1 and "01_demo.py stopped; the notebook was not written" in failed.stderr
 
 
+def test_figures_are_in_the_notebook_whatever_backend_the_environment_names(clone, monkeypatch):
+    "The Makefile names one without a window, for scripts."
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    chapter = clone / "chapters/01_demo.py"
+    chapter.write_text("# %%\nimport matplotlib.pyplot as plt\n\nfig, ax = plt.subplots()\n")
+    assert run(clone / "chapters/notebooks.py", "build").returncode == 0
+    notebook = nbformat.read(clone / "chapters/01_demo.ipynb", as_version=4)
+    assert "image/png" in notebook.cells[0].outputs[0]["data"]
+
+
 def test_every_chapter_has_an_executed_notebook_with_outputs():
     "nbval passes a notebook without outputs in silence."
     assert CHAPTERS
