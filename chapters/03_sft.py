@@ -808,7 +808,7 @@ assert difference < 1e-5
 options = ["--model", "Llama-2-7b", "--data", "sft.jsonl", "--out", "runs/7B-chat"]
 launch("llama2lib.sft", "paper", *options, nproc=8, gpus=True)
 options = ["--model", "/shared/Llama-2-70b", "--data", "/shared/sft.jsonl", "--out", "/shared/runs/70B-chat"]
-launch("llama2lib.sft", "paper", *options, "--ac", "full", nproc=8, nnodes=8, gpus=True)
+_ = launch("llama2lib.sft", "paper", *options, "--ac", "full", nproc=8, nnodes=8, gpus=True)
 
 # %% [markdown]
 # ## A chat model of the mini world
@@ -955,7 +955,7 @@ from llama2lib.chat import respond
 words = mini.tokenizer()
 asked = prompts(np.random.default_rng(9), by_scale(smoke=24, laptop=384, a100=384), "test")
 attacks = prompts(np.random.default_rng(10), by_scale(smoke=12, laptop=128, a100=128), "test", "adversarial")
-runs = seeds()
+runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2, 3, 4), a100=(0, 1, 2, 3, 4)))
 taught = dialogues(np.random.default_rng([2, runs[0]]), mini.DIALOGUES, kinds=mini.KINDS)
 print(Batches([encode_dialog(words, messages) for messages in taught], SFT["mini"]).summary())
 
@@ -995,7 +995,7 @@ ax.set(
     title="Fine-tuned, the model answers what the base model only continues",
 )
 ax.set_xticklabels(names, rotation=40, ha="right")
-ax.legend(title="greedy, held-out prompts; a dot a seed")
+ax.legend(title="greedy, held-out prompts; a dot a seed", loc="upper right")
 plots.save(fig, "03_helpfulness.png")
 
 # %%
@@ -1182,10 +1182,10 @@ def fit(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[l
 # %%
 from llama2lib.chat import fit
 
-whole, _ = encode_dialog(tokenizer, emma[:-1])
-assert fit(tokenizer, emma[:-1], len(whole)) == (whole, 0)
-shorter, turns = fit(tokenizer, emma[:-1], len(whole) - 1)
-assert turns == 1 and shorter == encode_dialog(tokenizer, [emma[0], emma[3]])[0]
+whole, _ = encode_dialog(words, emma[:-1])
+assert fit(words, emma[:-1], len(whole)) == (whole, 0)
+shorter, turns = fit(words, emma[:-1], len(whole) - 1)
+assert turns == 1 and shorter == encode_dialog(words, [emma[0], emma[3]])[0]
 
 # %% [markdown]
 # A reply comes token by token, and is shown piece by piece. A character of several bytes may be spread over as many
@@ -1219,10 +1219,10 @@ def text_of(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 from llama2lib.chat import text_of
 
 for text in ("In 1815 — or so: [INS", "12 < 13 é"):
-    pieces = list(text_of(tokenizer, tokenizer.encode(text, eos=True)))
+    pieces = list(text_of(words, words.encode(text, eos=True)))
     print(pieces)
     assert "".join(pieces) == text and len(pieces) > 3
-assert "".join(text_of(tokenizer, tokenizer.encode("I obey. [INST] Do"))) == "I obey."
+assert "".join(text_of(words, words.encode("I obey. [INST] Do"))) == "I obey."
 
 # %% [markdown]
 # `Chat` holds a model and a conversation. A reply that is given up half-way stays in the conversation as far as it got,
