@@ -991,11 +991,12 @@ for shift, (name, values) in zip((-0.2, 0.2), helpful.items(), strict=True):
     ax.plot(np.repeat(places, len(runs)), by_seed_and_kind.ravel(), ".", color="0.25", markersize=4)
 ax.set(
     xticks=range(len(names)),
+    ylim=(0, 1.2),
     ylabel="gold helpfulness (0 to 1)",
     title="Fine-tuned, the model answers what the base model only continues",
 )
 ax.set_xticklabels(names, rotation=40, ha="right")
-ax.legend(title="greedy, held-out prompts; a dot a seed", loc="upper right")
+ax.legend(title="greedy, held-out prompts; a dot a seed", loc="upper right", ncols=2)
 plots.save(fig, "03_helpfulness.png")
 
 # %%
@@ -1045,6 +1046,10 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
+# It holds, on every seed: six hundred clean dialogues give 0.68, and 4,800 noisy ones 0.54. The three thousand of mixed
+# quality behind the chat model, five times as many as the clean ones, give 0.66.
+
+# %% [markdown]
 # ## Does it matter who shares a row?
 #
 # The paper's rows let an answer see the conversations in front of it. Whether that harms, it does not ask.
@@ -1066,6 +1071,12 @@ compare(
     "gold helpfulness of concatenated minus block-diagonal rows", "> -0.05", "all prompts and answers concatenated",
     leaking, helpful["fine-tuned"], "chapters/03_sft.py::concatenated",
 )  # fmt: skip
+
+# %% [markdown]
+# It does cost something, 0.08, with an interval below 0 throughout; whether that is more than 0.05 stays open. A row of
+# 512 holds seven conversations of this world. The paper's rows hold some of the length of a row, and a model of
+# billions of parameters may find it easy to see where one ends. The book's small models are trained block-diagonal from
+# here on; the recipe `paper` stays what the paper says.
 
 # %% [markdown]
 # ## The audit
@@ -1110,6 +1121,11 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
+# Open again: the model wins 0.40, and the interval lies on both sides of the bound. It wins or ties about half of the
+# pairs, which one may call competitive or not. What it lacks are facts. Our annotators always know the right answer
+# unless they are drawn to give a wrong one, and the model is right on two of three prompts.
+
+# %% [markdown]
 # ## Table 5
 #
 # One annotation of each kind, as the paper shows them, and what the model says to the same two prompts.
@@ -1139,6 +1155,10 @@ ledger.record(
     constants["annotations"], mini.DIALOGUES,
 )  # fmt: skip
 print(row["status"])
+
+# %% [markdown]
+# Safety is what this model has learned least. A safety of 0.40 under attack is what evasion scores: one
+# dialogue in ten does not teach a million parameters to tell harm from help. Chapter 07 is about that.
 
 # %% [markdown]
 # ## Chat
