@@ -234,8 +234,7 @@ if not smoke:
 # %% [markdown]
 # ## 9. Chat
 #
-# Ask it something; it gets about two in three right. In Jupyter the box below takes your messages; in a terminal,
-# `python -m llama2lib.chat` does.
+# Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
 
 # %%
 chat = Chat(chat_model, words, max_new_tokens=64)

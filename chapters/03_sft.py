@@ -818,9 +818,7 @@ _ = launch("llama2lib.sft", "paper", *options, "--ac", "full", nproc=8, nnodes=8
 # its fine-tuned child. Each is trained when it is first asked for and comes from the cache after that.
 #
 # > Ours: every number here. The learning rate of fine-tuning is a thirteenth of pretraining's, as the paper's is a
-# > fifteenth of its. Larger ones teach the form of the answers faster, and cost the facts about everything that the
-# > dialogues do not mention: in a trial at 1e-3 the prompts of training were answered better, and held-out ones far
-# > worse. The dialogues are whole in their rows (block-diagonal), and one prompt in eight is about safety.
+# > fifteenth of its. The dialogues are whole in their rows (block-diagonal), and one prompt in eight is about safety.
 
 
 # %%
@@ -956,8 +954,11 @@ words = mini.tokenizer()
 asked = prompts(np.random.default_rng(9), by_scale(smoke=24, laptop=384, a100=384), "test")
 attacks = prompts(np.random.default_rng(10), by_scale(smoke=12, laptop=128, a100=128), "test", "adversarial")
 runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2, 3, 4), a100=(0, 1, 2, 3, 4)))
-taught = dialogues(np.random.default_rng([2, runs[0]]), mini.DIALOGUES, kinds=mini.KINDS)
-print(Batches([encode_dialog(words, messages) for messages in taught], SFT["mini"]).summary())
+
+
+def taught(seed: int) -> list:
+    "The dialogues that the chat model of a seed learned from."
+    return dialogues(np.random.default_rng([2, seed]), mini.DIALOGUES, kinds=mini.KINDS)
 
 
 def gold(model: Llama, dialogs: list, temperature: float = 0.0) -> np.ndarray:
@@ -965,6 +966,7 @@ def gold(model: Llama, dialogs: list, temperature: float = 0.0) -> np.ndarray:
     return scores(dialogs, respond(model, words, dialogs, 64, temperature))
 
 
+print(Batches([encode_dialog(words, messages) for messages in taught(runs[0])], SFT["mini"]).summary())
 models = {"pretrained": [mini.base(seed) for seed in runs], "fine-tuned": [mini.chat(seed) for seed in runs]}
 helpful, safe = ({n: np.stack([gold(m, d)[:, i] for m in ms]) for n, ms in models.items()}
                  for i, d in enumerate((asked, attacks)))  # fmt: skip
@@ -973,6 +975,8 @@ for name in models:
     print(f"{name:>10}: helpfulness {helpful[name].mean():.2f}, safety under attack {safe[name].mean():.2f}; by seed "
           f"{', '.join(f'{value:.2f}' for value in helpful[name].mean(1))}")  # fmt: skip
 print(f"fine-tuned, sampled at temperature 1: helpfulness {sampled.mean():.2f}")
+print(f"fine-tuned, greedy: {(helpful['fine-tuned'] >= 0.55).mean():.0%} of the answers have 0.55 points, "
+      "which only a right one can have")  # fmt: skip
 if scale() != "smoke":
     assert helpful["fine-tuned"].mean() >= max(0.55, 3 * helpful["pretrained"].mean())
 
@@ -1061,8 +1065,7 @@ compare(
 # %%
 def concatenated(seed: int) -> Llama:
     "The chat model of a seed, its rows filled as the paper fills them."
-    dialogs = dialogues(np.random.default_rng([2, seed]), mini.DIALOGUES, kinds=mini.KINDS)
-    return mini.tuned(seed, dialogs, replace(SFT["mini"], block_diagonal=False))
+    return mini.tuned(seed, taught(seed), replace(SFT["mini"], block_diagonal=False))
 
 
 leaking = np.stack([gold(concatenated(seed), asked)[:, 0] for seed in runs])
@@ -1074,8 +1077,8 @@ compare(
 
 # %% [markdown]
 # It does cost something, 0.08, with an interval below 0 throughout; whether that is more than 0.05 stays open. A row of
-# 512 holds seven conversations of this world. The paper's rows hold some of the length of a row, and a model of
-# billions of parameters may find it easy to see where one ends. The book's small models are trained block-diagonal from
+# 512 holds seven conversations of this world. Whether a model of billions of parameters pays as much, this cannot say.
+# The book's small models are trained block-diagonal from
 # here on; the recipe `paper` stays what the paper says.
 
 # %% [markdown]
@@ -1084,10 +1087,10 @@ compare(
 # The authors put 180 annotations beside samples of the model for the same prompts and found the samples often
 # competitive; so annotators' time went into comparing answers from then on.
 #
-# > Ours: 180 new annotations with the care of those that the model was trained on, prompts of the training split that
-# > it has not seen, and the model's samples at the settings of a chat. The rater of chapter 12 sees both without
-# > their origin, and its noise decides close ones; 'negligibly better' counts half for each. Criterion, written before
-# > the run: the model wins more than 0.4.
+# > Ours: 180 new annotations with the care of those that the model was trained on, for new draws of the training
+# > split's prompts, and the model's samples at the settings of a chat. How many prompts it had met is printed. The
+# > rater of chapter 12 sees both without their origin, and its noise decides close ones; 'negligibly better' counts
+# > half for each. Criterion, written before the run: the model wins more than 0.4.
 
 
 # %%
@@ -1107,11 +1110,13 @@ def audit(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return won, both
 
 
-audited = by_scale(smoke=12, laptop=constants["audited"], a100=constants["audited"])
-ledger.record(
-    "Section 3.1", "audited", "preset", constants["audited"], constants["audited"],
-    evidence="chapters/03_sft.py::audited = by_scale",
-)  # fmt: skip
+audited = by_scale(smoke=12, laptop=180, a100=180)
+if scale() != "smoke":
+    evidence = "chapters/03_sft.py::audited = by_scale"
+    ledger.record("Section 3.1", "audited", "preset", constants["audited"], audited, evidence=evidence)
+met = {message["content"] for messages in taught(runs[0]) for message in messages if message["role"] == "user"}
+new = dialogues(np.random.default_rng([4, runs[0]]), audited, kinds=HELPFUL)
+print(f"{np.mean([messages[-2]['content'] in met for messages in new]):.0%} of the prompts were met in training")
 won, both = (np.stack(part) for part in zip(*(audit(seed) for seed in runs), strict=True))
 print(f"model {(won == 1).mean():.0%}, neither {(won == 0.5).mean():.0%}, annotator {(won == 0).mean():.0%}; "
       f"gold helpfulness {both[:, 0].mean():.2f} and {both[:, 1].mean():.2f}")  # fmt: skip
@@ -1122,8 +1127,8 @@ compare(
 
 # %% [markdown]
 # Open again: the model wins 0.40, and the interval lies on both sides of the bound. It wins or ties about half of the
-# pairs, which one may call competitive or not. What it lacks are facts. Our annotators always know the right answer
-# unless they are drawn to give a wrong one, and the model is right on two of three prompts.
+# pairs, which one may call competitive or not. What it lacks are right answers. Our annotators know all of them, and
+# give a wrong one in a tenth of their answers.
 
 # %% [markdown]
 # ## Table 5

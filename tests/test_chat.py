@@ -187,6 +187,17 @@ def test_a_reply_that_speaks_for_the_user_can_be_followed_up(tokenizer, model, s
     assert chat.messages == turns("who?", "fox", "whom?", "dog")
 
 
+def test_an_answer_ends_at_eos_and_says_so(tokenizer, model):
+    dialog = turns("who jumps?")
+    [long] = respond(model, tokenizer, [dialog], 12)
+    with torch.no_grad():
+        model.output.weight[tokenizer.eos_id] = 10 * model.output.weight.abs().max()
+        model.norm.weight.fill_(1)
+        model.tok_embeddings.weight[:, 0], model.output.weight[tokenizer.eos_id, 1:] = 50, 0
+    [short] = respond(model, tokenizer, [dialog], 12)
+    assert not long.finished and short == ("", True)
+
+
 def test_many_conversations_are_answered_as_one_by_one(tokenizer, model):
     dialogs = [turns("who jumps?"), turns("fox", "dog", "1024 times?"), turns("a", system="be brief")]
     together = respond(model, tokenizer, dialogs, 12)
