@@ -790,6 +790,7 @@ NAMES = {  # Meta: (Hugging Face, dimension that several files divide; None: eve
     "layers.*.ffn_norm.weight": ("model.layers.*.post_attention_layernorm.weight", None),
     "norm.weight": ("model.norm.weight", None),
     "output.weight": ("lm_head.weight", 0),
+    "score.weight": ("score.weight", None),  # of a reward model, where a language model has `output` (chapter 04)
 }
 
 
@@ -811,10 +812,15 @@ def part_of_file(name: str, shape: torch.Size, file: int, files: int) -> tuple[s
     return tuple(index)
 
 
-def without_memory(config: ModelConfig) -> Llama:
+def without_memory(config: ModelConfig, kind: type[Llama] = Llama) -> Llama:
     "The model without memory: names and shapes."
     with torch.device("meta"):
-        return Llama(config)
+        return kind(config)
+
+
+def is_reward_model(model: Llama) -> bool:
+    "Whether this is a reward model: one with a score instead of the logits of a next token (chapter 04)."
+    return hasattr(model, "score")
 
 
 # %%
@@ -889,6 +895,12 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int = 1, eos_i
     fields |= {name: getattr(config, our) for our, name in _HF_FIELDS.items()} | {"head_dim": config.head_dim}
     fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     return fields | {"tie_word_embeddings": False, "bos_token_id": bos_id, "eos_token_id": eos_id}
+
+
+def reward_fields(pad_id: int = 0) -> dict:
+    "The fields in which a reward model's config.json differs; transformers looks for the last token that is no pad."
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": pad_id} | labels
 
 
 # %%
@@ -981,8 +993,10 @@ from llama2lib.formats import (
     config_to_meta,
     halves_to_interleaved,
     interleaved_to_halves,
+    is_reward_model,
     layout,
     part_of_file,
+    reward_fields,
     without_memory,
 )
 from llama2lib.model import Llama, ModelConfig
@@ -1056,10 +1070,14 @@ def _check(where, found: dict[str, Tensor], expected: dict[str, Tensor]):
 _Piece = tuple[str, tuple[slice, ...], Tensor]
 
 
-def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
+def _read_hf(folder: Path, kind: type[Llama]) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     fields = _read_json(folder / "config.json")
     with _naming(folder / "config.json"):
         config = config_from_hf(fields)
+        model = without_memory(config, kind)
+        named, score = fields.get("architectures"), is_reward_model(model)
+        if named and ("SequenceClassification" in str(named)) != score:
+            raise ValueError(f"architectures = {named}; expected a {'reward' if score else 'language'} model")
     files, places = [folder / "model.safetensors"], None
     if not files[0].exists():
         index = folder / "model.safetensors.index.json"
@@ -1067,7 +1085,7 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise ValueError(f"{index}: expected a weight_map from tensors to files")
         files = [folder / name for name in sorted(set(places.values()))]
-    parameters = dict(without_memory(config).named_parameters())
+    parameters = dict(model.named_parameters())
     targets = {layout(name)[0]: [name] for name in parameters}
 
     def tensors():
@@ -1079,7 +1097,7 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
                         yield key, opened.get_tensor(key)
 
     found = {key: tensor.to("meta") for key, tensor in tensors()}
-    if fields.get("tie_word_embeddings") and "lm_head.weight" not in found:
+    if fields.get("tie_word_embeddings") and "lm_head.weight" in targets and "lm_head.weight" not in found:
         targets["model.embed_tokens.weight"] += targets.pop("lm_head.weight")
     _check(folder, found, {key: parameters[names[0]] for key, names in targets.items()})
     heads = {"q_proj": config.n_heads, "k_proj": config.n_kv_heads}
@@ -1137,9 +1155,10 @@ def _read_meta(folder: Path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]
 
 # %%
 #| export checkpoint
-def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
+def read_tensors(path, kind: type[Llama] = Llama) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
     """Shape, number format and pieces of a checkpoint, checked to be complete, in Meta's names and pair order.
 
+    `kind`: the class of the model, `reward.RewardModel` for a sequence classifier of Hugging Face.
     A piece is (parameter, index, tensor): the tensor belongs in `parameter[index]`. Tensors are views of mapped files:
     copy what you keep. ValueError or FileNotFoundError names the file, tensor or field that is wrong.
     """
@@ -1151,8 +1170,10 @@ def read_tensors(path) -> tuple[ModelConfig, torch.dtype, Iterator[_Piece]]:
         hint = f"; an interrupted save left the one before in {previous}" if previous.is_dir() else ""
         raise FileNotFoundError(f"{folder}: no such folder{hint}")
     if any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return _read_hf(folder)
+        return _read_hf(folder, kind)
     if any(folder.glob("consolidated.*.pth")):
+        if kind is not Llama:
+            raise ValueError(f"{folder}: Meta's layout holds language models; expected a reward model's folder")
         return _read_meta(folder)
     if pickles := sorted(folder.glob("pytorch_model*.bin")):
         convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
@@ -1211,15 +1232,15 @@ def copy_weights(model: Llama, pieces: Iterator[_Piece]):
             local[target].copy_(tensor[source])
 
 
-def load_checkpoint(path, device=None, dtype: torch.dtype | None = None) -> Llama:
+def load_checkpoint(path, device=None, dtype: torch.dtype | None = None, kind: type[Llama] = Llama) -> Llama:
     """The model in a Hugging Face or Meta folder, whichever it is.
 
-    `device`: PyTorch's default device if None. `dtype`: that of the stored embedding if None. Errors: see
+    `device`: PyTorch's default device if None. `dtype`: that of the stored embedding if None. `kind` and errors: see
     `read_tensors`.
     """
-    config, stored, pieces = read_tensors(path)
+    config, stored, pieces = read_tensors(path, kind)
     model = (
-        without_memory(config)
+        without_memory(config, kind)
         .to(dtype or stored)
         .to_empty(device=torch.get_default_device() if device is None else device)
     )
@@ -1415,7 +1436,7 @@ def save_checkpoint(
                 save_file(tensors, folder / file, metadata={"format": "pt"})
                 places |= dict.fromkeys(tensors, file)
             if len(groups) > 1:
-                total = {"total_size": config.num_params * dtype.itemsize}
+                total = {"total_size": sum(p.numel() for p in model.parameters()) * dtype.itemsize}
                 _write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": places})
             ids = {} if pieces is None else {"bos": pieces.bos_id(), "eos": pieces.eos_id(), "unk": pieces.unk_id()}
             if pieces is not None:
@@ -1424,7 +1445,9 @@ def save_checkpoint(
                 _write_json(folder / "tokenizer_config.json", fields)
                 _write_json(folder / "tokenizer.json", _tokenizer_json(pieces))
                 shutil.copyfile(vocabulary, folder / "tokenizer.model")
-            _write_json(folder / "config.json", config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2)))
+            fields = config_to_hf(config, dtype, ids.get("bos", 1), ids.get("eos", 2))
+            fields |= reward_fields(ids.get("unk", 0)) if is_reward_model(model) else {}
+            _write_json(folder / "config.json", fields)
 
     _write_once(model, files(), write)
 
@@ -1442,6 +1465,8 @@ def save_meta(model: Llama, path, shards: int = 1, tokenizer=None, dtype: torch.
     divide. The format has no context length.
     """
     config, dtype = model.config, dtype or model.tok_embeddings.weight.dtype
+    if is_reward_model(model):
+        raise ValueError("Meta's layout holds language models; save a reward model with save_checkpoint")
     for name in ("n_heads", "n_kv_heads", "dim", "hidden_dim", "vocab_size"):
         if shards < 1 or getattr(config, name) % shards:
             raise ValueError(f"{name} = {getattr(config, name)} cannot be divided among {shards} shards")

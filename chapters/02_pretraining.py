@@ -1450,6 +1450,7 @@ from llama2lib.distributed import (
     processes,
     training_tensors,
 )
+from llama2lib.formats import is_reward_model, without_memory
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw, cosine_lr
 from llama2lib.recipes import write_atomic
@@ -1863,6 +1864,7 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh):
         "tok_embeddings": RowwiseParallel(input_layouts=one, output_layouts=rows),
         "norm": SequenceParallel(),
         "output": ColwiseParallel(input_layouts=rows, output_layouts=Shard(-1), use_local_output=False),
+        "score": SequenceParallel(),  # a reward model's (chapter 04)
     }
     block = {
         "attention_norm": SequenceParallel(),
@@ -1876,7 +1878,7 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh):
         block[name] = ColwiseParallel()
     for name in ("attention.wo", "feed_forward.w2"):
         block[name] = RowwiseParallel(output_layouts=rows)
-    parallelize_module(model, mesh, outer)
+    parallelize_module(model, mesh, {name: style for name, style in outer.items() if hasattr(model, name)})
     for layer in model.layers:
         parallelize_module(layer, mesh, block)
 
@@ -2234,10 +2236,13 @@ MAY_CHANGE = ("data", "tokenizer", "out", "micro_batch", "parallel", "save_every
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
 
 
-def fresh_or_loaded(config: PretrainConfig, vocab_size: int, device: torch.device, load: bool) -> Llama:
+def fresh_or_loaded(
+    config: PretrainConfig, vocab_size: int, device: torch.device, load: bool, kind: type[Llama] = Llama
+) -> Llama:
     """The model of a run, divided over the ranks; its weights are undefined without `load`.
 
     A size of LLAMA2 gets the data's vocabulary and new weights; ValueError for a checkpoint that the run does not fit.
+    A reward model, as `kind`, begins with a language model's weights and a new score.
     """
     if config.model in LLAMA2:
         shape = replace(LLAMA2[config.model], vocab_size=vocab_size, max_seq_len=config.max_seq_len)
@@ -2246,14 +2251,14 @@ def fresh_or_loaded(config: PretrainConfig, vocab_size: int, device: torch.devic
         if shape.vocab_size != vocab_size or shape.max_seq_len < config.max_seq_len:
             found = f"vocab_size {shape.vocab_size}, max_seq_len {shape.max_seq_len}"
             raise ValueError(f"{config.model}: {found}; the run has {vocab_size} and {config.max_seq_len}")
-    with torch.device("meta"):
-        model = Llama(shape)
+    model = without_memory(shape, kind)
     compute = torch.bfloat16 if device.type == "cuda" else None
     parallelize(model, make_mesh(config.parallel, device.type), config.parallel, compute).to_empty(device=device)
-    if load and config.model in LLAMA2:
+    if load and (config.model in LLAMA2 or is_reward_model(model)):
         init_weights(model, config.seed)
-    elif load:
-        copy_weights(model, pieces)
+    if load and config.model not in LLAMA2:
+        names = dict(model.named_parameters())
+        copy_weights(model, (piece for piece in pieces if piece[0] in names))
     return model
 
 
@@ -2332,30 +2337,34 @@ def train(
     steps: int,
     loop: Callable[[Llama, torch.optim.Optimizer, int], Iterator[Step]],
     title: str,
+    kind: type[Llama] = Llama,
 ) -> Path:
     """What the runs of all training stages share: weights, log, bar, checkpoints, resuming; returns out/model.
 
     `config`: a stage's record, with the fields of PretrainConfig that are read here. `digest`: of the stage's data.
-    `loop(model, optimizer, start)` yields the run's `steps` steps from `start` on. Errors are those of `run`.
+    `loop(model, optimizer, start)` yields the run's `steps` steps from `start` on, a `Step` or more. `kind`: the
+    model's class. Errors are those of `run`.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
     states = StateFolder(config.out, config.keep, in_background=device.type == "cuda")
     newest = states.latest()
-    model = fresh_or_loaded(config, vocab_size, device, load=newest is None)
+    model = fresh_or_loaded(config, vocab_size, device, newest is None, kind)
     optimizer = adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
-    tensors, facts, start = training_tensors(model, optimizer), {"settings": settings(config, digest)}, 0
+    tensors, facts, start, tokens = training_tensors(model, optimizer), {"settings": settings(config, digest)}, 0, 0
     if newest:
         check_same(states.facts()["settings"], facts["settings"], newest)
-        start = states.load(tensors)["step"]
+        stored = states.load(tensors)
+        start, tokens = stored["step"], stored["tokens"]
     log = Log(config.out, start, config.tensorboard) if first else None
     lines = "RANK" in os.environ and not sys.stderr.isatty()  # a batch job's log gets lines, people get a bar
     bar = tqdm(total=steps, initial=start, unit="step", desc=title, disable=not first or lines)
-    tokens, clock = config.batch_rows * config.max_seq_len, time.perf_counter()
+    clock = time.perf_counter()
     try:
         for step in loop(model, optimizer, start):
             states.poll()
             now = time.perf_counter()
-            line, clock = measured(step, model, config.max_seq_len, now - clock, tokens), now
+            line = measured(step, model, config.max_seq_len, now - clock, step.tokens - tokens)
+            tokens, clock = step.tokens, now
             if first:
                 log.write(line)
                 speed = f"{line['tokens_per_second']:,.0f} tokens/s"
@@ -2366,7 +2375,7 @@ def train(
                 if lines and (step.step + 1) % max(1, steps // 20) == 0:
                     print(f"step {step.step + 1} of {steps} | {shown}", flush=True)
             if (step.step + 1) % config.save_every == 0 or step.step + 1 == steps:
-                states.save(step.step + 1, tensors, facts)
+                states.save(step.step + 1, tensors, facts | {"tokens": tokens})
                 clock = time.perf_counter()
         states.wait()
     except FloatingPointError as error:

@@ -815,7 +815,8 @@ _ = launch("llama2lib.sft", "paper", *options, "--ac", "full", nproc=8, nnodes=8
 #
 # Later chapters need a chat model that is small, good enough to improve on, and the same each time. `mini` makes it:
 # a vocabulary of 2,048 pieces, a base model of 1.3 million parameters pretrained on documents of the mini world, and
-# its fine-tuned child. Each is trained when it is first asked for and comes from the cache after that.
+# its fine-tuned child; the same at a smaller and a larger size, for the questions where size matters. Each is trained
+# when it is first asked for and comes from the cache after that.
 #
 # > Ours: every number here. The learning rate of fine-tuning is a thirteenth of pretraining's, as the paper's is a
 # > fifteenth of its. The dialogues are whole in their rows (block-diagonal), and one prompt in eight is about safety.
@@ -841,10 +842,15 @@ from llama2lib.tokenizer import Tokenizer, train_tokenizer
 
 KINDS = HELPFUL | {"adversarial": 3, "borderline": 1}  # what the dialogues for fine-tuning ask
 VOCABULARY = 2048  # at 1,024 most names fall into several pieces (chapter 12)
+SIZES = {  # parameters
+    "0.4M": replace(LLAMA2["book-1M"], vocab_size=VOCABULARY, dim=64, n_layers=2, hidden_dim=176),
+    "1.3M": replace(LLAMA2["book-1M"], vocab_size=VOCABULARY),
+    "2.4M": replace(LLAMA2["book-2M"], vocab_size=VOCABULARY),
+}
 DIALOGUES = by_scale(smoke=60, laptop=3000, a100=3000)
-DOCUMENTS = by_scale(smoke=2000, laptop=150_000, a100=150_000)
+TEXTS = by_scale(smoke=2000, laptop=135_000, a100=135_000)  # documents to pretrain on
 BASE = replace(PRETRAIN["book-1M"], lr=4e-3, max_seq_len=128, batch_tokens=1024, micro_batch=8)
-BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_600_000, a100=3_600_000))
+BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_400_000, a100=3_400_000))
 
 
 def tokenizer() -> Tokenizer:
@@ -866,46 +872,53 @@ def watched(steps: Iterator[Step], total: int, title: str) -> list[float]:
 
 
 def pretrained(inputs: dict) -> dict:
-    "Weights and losses of a base model; `inputs`: seed, recipe, number of documents."
-    seed, recipe, words = inputs["seed"], inputs["recipe"], tokenizer()
-    stream = token_stream(words, documents(np.random.default_rng([1, seed]), inputs["documents"]))
+    "Weights and losses of a base model; `inputs`: seed, size, recipe, number of documents."
+    seed, recipe = inputs["seed"], inputs["recipe"]
+    stream = token_stream(tokenizer(), documents(np.random.default_rng([1, seed]), inputs["documents"]))
     torch.manual_seed(seed)
-    model = Llama(replace(LLAMA2["book-1M"], vocab_size=words.vocab_size))
+    model = Llama(SIZES[inputs["size"]])
     losses = watched(pretrain(model, stream, recipe, seed), recipe.steps, "pretraining")
     return {"weights": model.state_dict(), "loss": losses}
 
 
 def fine_tuned(inputs: dict) -> dict:
-    "Weights and losses after fine-tuning the base model of a seed; `inputs`: seed, recipe, dialogs."
+    "Weights and losses after fine-tuning a base model; `inputs`: seed, size, recipe, dialogs."
     recipe, words = inputs["recipe"], tokenizer()
     examples = [encode_dialog(words, messages) for messages in inputs["dialogs"]]
-    model, batches = base(inputs["seed"]), Batches(examples, recipe)
+    model, batches = base(inputs["seed"], inputs["size"]), Batches(examples, recipe)
     losses = watched(sft(model, examples, recipe), len(batches), "fine-tuning")
     return {"weights": model.state_dict(), "loss": losses}
 
 
-def loaded(weights: dict) -> Llama:
+def loaded(size: str, weights: dict) -> Llama:
     "A model of the mini world with these weights."
-    model = Llama(replace(LLAMA2["book-1M"], vocab_size=tokenizer().vocab_size))
+    model = Llama(SIZES[size])
     model.load_state_dict(weights)
     return model
 
 
-def base(seed: int = 0) -> Llama:
-    "The pretrained model of a seed."
-    inputs = {"seed": seed, "recipe": BASE, "documents": DOCUMENTS}
-    return loaded(cached(f"mini-base-seed{seed}", inputs, pretrained)["weights"])
+def base(seed: int = 0, size: str = "1.3M") -> Llama:
+    "The pretrained model of a seed, of one of SIZES."
+    inputs = {"seed": seed, "size": size, "recipe": BASE, "documents": TEXTS}
+    return loaded(size, cached(f"mini-base-{size}-seed{seed}", inputs, pretrained)["weights"])
 
 
-def tuned(seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"]) -> Llama:
+def tuned(
+    seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"], size: str = "1.3M"
+) -> Llama:
     "The base model of a seed after fine-tuning on dialogs."
-    inputs = {"seed": seed, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
-    return loaded(cached(f"mini-tuned-seed{seed}", inputs, fine_tuned)["weights"])
+    inputs = {"seed": seed, "size": size, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
+    return loaded(size, cached(f"mini-tuned-{size}-seed{seed}", inputs, fine_tuned)["weights"])
 
 
-def chat(seed: int = 0) -> Llama:
-    "The chat model of a seed: the base model after fine-tuning on dialogues of mixed quality."
-    return tuned(seed, dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS))
+def taught(seed: int = 0) -> list[list[Message]]:
+    "The dialogues that the chat model of a seed learns from, of mixed quality."
+    return dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS)
+
+
+def chat(seed: int = 0, size: str = "1.3M") -> Llama:
+    "The chat model of a seed: the base model after fine-tuning on the dialogues it is taught."
+    return tuned(seed, taught(seed), size=size)
 
 
 # %% [markdown]
@@ -956,17 +969,12 @@ attacks = prompts(np.random.default_rng(10), by_scale(smoke=12, laptop=128, a100
 runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2, 3, 4), a100=(0, 1, 2, 3, 4)))
 
 
-def taught(seed: int) -> list:
-    "The dialogues that the chat model of a seed learned from."
-    return dialogues(np.random.default_rng([2, seed]), mini.DIALOGUES, kinds=mini.KINDS)
-
-
 def gold(model: Llama, dialogs: list, temperature: float = 0.0) -> np.ndarray:
     "Helpfulness and safety of the model's answers, by the gold judge. → [dialogs, 2]"
     return scores(dialogs, respond(model, words, dialogs, 64, temperature))
 
 
-print(Batches([encode_dialog(words, messages) for messages in taught(runs[0])], SFT["mini"]).summary())
+print(Batches([encode_dialog(words, messages) for messages in mini.taught(runs[0])], SFT["mini"]).summary())
 models = {"pretrained": [mini.base(seed) for seed in runs], "fine-tuned": [mini.chat(seed) for seed in runs]}
 helpful, safe = ({n: np.stack([gold(m, d)[:, i] for m in ms]) for n, ms in models.items()}
                  for i, d in enumerate((asked, attacks)))  # fmt: skip
@@ -1065,7 +1073,7 @@ compare(
 # %%
 def concatenated(seed: int) -> Llama:
     "The chat model of a seed, its rows filled as the paper fills them."
-    return mini.tuned(seed, taught(seed), replace(SFT["mini"], block_diagonal=False))
+    return mini.tuned(seed, mini.taught(seed), replace(SFT["mini"], block_diagonal=False))
 
 
 leaking = np.stack([gold(concatenated(seed), asked)[:, 0] for seed in runs])
@@ -1114,7 +1122,7 @@ audited = by_scale(smoke=12, laptop=180, a100=180)
 if scale() != "smoke":
     evidence = "chapters/03_sft.py::audited = by_scale"
     ledger.record("Section 3.1", "audited", "preset", constants["audited"], audited, evidence=evidence)
-met = {message["content"] for messages in taught(runs[0]) for message in messages if message["role"] == "user"}
+met = {message["content"] for messages in mini.taught(runs[0]) for message in messages if message["role"] == "user"}
 new = dialogues(np.random.default_rng([4, runs[0]]), audited, kinds=HELPFUL)
 print(f"{np.mean([messages[-2]['content'] in met for messages in new]):.0%} of the prompts were met in training")
 won, both = (np.stack(part) for part in zip(*(audit(seed) for seed in runs), strict=True))

@@ -125,6 +125,7 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh):
         "tok_embeddings": RowwiseParallel(input_layouts=one, output_layouts=rows),
         "norm": SequenceParallel(),
         "output": ColwiseParallel(input_layouts=rows, output_layouts=Shard(-1), use_local_output=False),
+        "score": SequenceParallel(),  # a reward model's (chapter 04)
     }
     block = {
         "attention_norm": SequenceParallel(),
@@ -138,7 +139,7 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh):
         block[name] = ColwiseParallel()
     for name in ("attention.wo", "feed_forward.w2"):
         block[name] = RowwiseParallel(output_layouts=rows)
-    parallelize_module(model, mesh, outer)
+    parallelize_module(model, mesh, {name: style for name, style in outer.items() if hasattr(model, name)})
     for layer in model.layers:
         parallelize_module(layer, mesh, block)
 

@@ -7,8 +7,10 @@ __all__ = [
     "layout",
     "part_of_file",
     "without_memory",
+    "is_reward_model",
     "config_from_hf",
     "config_to_hf",
+    "reward_fields",
     "width_rule",
     "config_from_meta",
     "config_to_meta",
@@ -54,6 +56,7 @@ NAMES = {  # Meta: (Hugging Face, dimension that several files divide; None: eve
     "layers.*.ffn_norm.weight": ("model.layers.*.post_attention_layernorm.weight", None),
     "norm.weight": ("model.norm.weight", None),
     "output.weight": ("lm_head.weight", 0),
+    "score.weight": ("score.weight", None),  # of a reward model, where a language model has `output` (chapter 04)
 }
 
 
@@ -75,10 +78,15 @@ def part_of_file(name: str, shape: torch.Size, file: int, files: int) -> tuple[s
     return tuple(index)
 
 
-def without_memory(config: ModelConfig) -> Llama:
+def without_memory(config: ModelConfig, kind: type[Llama] = Llama) -> Llama:
     "The model without memory: names and shapes."
     with torch.device("meta"):
-        return Llama(config)
+        return kind(config)
+
+
+def is_reward_model(model: Llama) -> bool:
+    "Whether this is a reward model: one with a score instead of the logits of a next token (chapter 04)."
+    return hasattr(model, "score")
 
 
 # ---------- chapters/01_architecture.py · The shape of the model
@@ -139,6 +147,12 @@ def config_to_hf(config: ModelConfig, dtype: torch.dtype, bos_id: int = 1, eos_i
     fields |= {name: getattr(config, our) for our, name in _HF_FIELDS.items()} | {"head_dim": config.head_dim}
     fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
     return fields | {"tie_word_embeddings": False, "bos_token_id": bos_id, "eos_token_id": eos_id}
+
+
+def reward_fields(pad_id: int = 0) -> dict:
+    "The fields in which a reward model's config.json differs; transformers looks for the last token that is no pad."
+    labels = {"id2label": {"0": "score"}, "label2id": {"score": 0}}
+    return {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": pad_id} | labels
 
 def width_rule(dim: int, hidden_dim: int) -> tuple[int, float | None]:
     "(multiple_of, ffn_dim_multiplier) from which `swiglu_width` computes `hidden_dim`; the released ones if they do."

@@ -3,8 +3,9 @@
 __all__ = [
     "KINDS",
     "VOCABULARY",
+    "SIZES",
     "DIALOGUES",
-    "DOCUMENTS",
+    "TEXTS",
     "BASE",
     "tokenizer",
     "watched",
@@ -13,6 +14,7 @@ __all__ = [
     "loaded",
     "base",
     "tuned",
+    "taught",
     "chat",
 ]
 
@@ -37,10 +39,15 @@ from llama2lib.tokenizer import Tokenizer, train_tokenizer
 
 KINDS = HELPFUL | {"adversarial": 3, "borderline": 1}  # what the dialogues for fine-tuning ask
 VOCABULARY = 2048  # at 1,024 most names fall into several pieces (chapter 12)
+SIZES = {  # parameters
+    "0.4M": replace(LLAMA2["book-1M"], vocab_size=VOCABULARY, dim=64, n_layers=2, hidden_dim=176),
+    "1.3M": replace(LLAMA2["book-1M"], vocab_size=VOCABULARY),
+    "2.4M": replace(LLAMA2["book-2M"], vocab_size=VOCABULARY),
+}
 DIALOGUES = by_scale(smoke=60, laptop=3000, a100=3000)
-DOCUMENTS = by_scale(smoke=2000, laptop=150_000, a100=150_000)
+TEXTS = by_scale(smoke=2000, laptop=135_000, a100=135_000)  # documents to pretrain on
 BASE = replace(PRETRAIN["book-1M"], lr=4e-3, max_seq_len=128, batch_tokens=1024, micro_batch=8)
-BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_600_000, a100=3_600_000))
+BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_400_000, a100=3_400_000))
 
 
 def tokenizer() -> Tokenizer:
@@ -62,43 +69,50 @@ def watched(steps: Iterator[Step], total: int, title: str) -> list[float]:
 
 
 def pretrained(inputs: dict) -> dict:
-    "Weights and losses of a base model; `inputs`: seed, recipe, number of documents."
-    seed, recipe, words = inputs["seed"], inputs["recipe"], tokenizer()
-    stream = token_stream(words, documents(np.random.default_rng([1, seed]), inputs["documents"]))
+    "Weights and losses of a base model; `inputs`: seed, size, recipe, number of documents."
+    seed, recipe = inputs["seed"], inputs["recipe"]
+    stream = token_stream(tokenizer(), documents(np.random.default_rng([1, seed]), inputs["documents"]))
     torch.manual_seed(seed)
-    model = Llama(replace(LLAMA2["book-1M"], vocab_size=words.vocab_size))
+    model = Llama(SIZES[inputs["size"]])
     losses = watched(pretrain(model, stream, recipe, seed), recipe.steps, "pretraining")
     return {"weights": model.state_dict(), "loss": losses}
 
 
 def fine_tuned(inputs: dict) -> dict:
-    "Weights and losses after fine-tuning the base model of a seed; `inputs`: seed, recipe, dialogs."
+    "Weights and losses after fine-tuning a base model; `inputs`: seed, size, recipe, dialogs."
     recipe, words = inputs["recipe"], tokenizer()
     examples = [encode_dialog(words, messages) for messages in inputs["dialogs"]]
-    model, batches = base(inputs["seed"]), Batches(examples, recipe)
+    model, batches = base(inputs["seed"], inputs["size"]), Batches(examples, recipe)
     losses = watched(sft(model, examples, recipe), len(batches), "fine-tuning")
     return {"weights": model.state_dict(), "loss": losses}
 
 
-def loaded(weights: dict) -> Llama:
+def loaded(size: str, weights: dict) -> Llama:
     "A model of the mini world with these weights."
-    model = Llama(replace(LLAMA2["book-1M"], vocab_size=tokenizer().vocab_size))
+    model = Llama(SIZES[size])
     model.load_state_dict(weights)
     return model
 
 
-def base(seed: int = 0) -> Llama:
-    "The pretrained model of a seed."
-    inputs = {"seed": seed, "recipe": BASE, "documents": DOCUMENTS}
-    return loaded(cached(f"mini-base-seed{seed}", inputs, pretrained)["weights"])
+def base(seed: int = 0, size: str = "1.3M") -> Llama:
+    "The pretrained model of a seed, of one of SIZES."
+    inputs = {"seed": seed, "size": size, "recipe": BASE, "documents": TEXTS}
+    return loaded(size, cached(f"mini-base-{size}-seed{seed}", inputs, pretrained)["weights"])
 
 
-def tuned(seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"]) -> Llama:
+def tuned(
+    seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"], size: str = "1.3M"
+) -> Llama:
     "The base model of a seed after fine-tuning on dialogs."
-    inputs = {"seed": seed, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
-    return loaded(cached(f"mini-tuned-seed{seed}", inputs, fine_tuned)["weights"])
+    inputs = {"seed": seed, "size": size, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
+    return loaded(size, cached(f"mini-tuned-{size}-seed{seed}", inputs, fine_tuned)["weights"])
 
 
-def chat(seed: int = 0) -> Llama:
-    "The chat model of a seed: the base model after fine-tuning on dialogues of mixed quality."
-    return tuned(seed, dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS))
+def taught(seed: int = 0) -> list[list[Message]]:
+    "The dialogues that the chat model of a seed learns from, of mixed quality."
+    return dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS)
+
+
+def chat(seed: int = 0, size: str = "1.3M") -> Llama:
+    "The chat model of a seed: the base model after fine-tuning on the dialogues it is taught."
+    return tuned(seed, taught(seed), size=size)

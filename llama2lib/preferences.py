@@ -1,0 +1,259 @@
+"""Generated from chapters/04_reward_model.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "ROLES",
+    "transcript",
+    "comparison",
+    "better",
+    "from_hh",
+    "from_summarize",
+    "from_webgpt",
+    "from_stackexchange",
+    "from_shp",
+    "from_gptj",
+    "from_pandalm",
+    "from_alpaca_eval",
+    "READERS",
+    "read_public",
+    "Statistics",
+    "statistics",
+    "Variant",
+    "two_answers",
+    "collect",
+    "helpfulness_mix",
+    "safety_mix",
+]
+
+
+# ---------- chapters/04_reward_model.py · Public comparisons
+
+ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def transcript(text: str) -> list[Message]:
+    "The messages of a transcript of HH: paragraphs that begin with 'Human:' or 'Assistant:'."
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    return [{"role": ROLES[role], "content": said.strip()} for role, said in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def comparison(prompt: str | list[Message], answers: Sequence[str], preferred: int, source: str) -> Preference:
+    "A row of two answers, of which number `preferred` is better. ValueError as in `check_preference`."
+    messages = [{"role": "user", "content": prompt.strip()}] if isinstance(prompt, str) else prompt
+    chosen, rejected = (answers[i].strip() for i in (preferred, 1 - preferred))
+    row = {"messages": messages, "chosen": chosen, "rejected": rejected}
+    row |= {"rating": None, "safety": None, "source": source}
+    check_preference(row)
+    return row
+
+
+def better(first: float, second: float) -> int:
+    "Which of two scores is larger, 0 or 1. ValueError for a tie."
+    if first == second:
+        raise ValueError("a tie")
+    return int(second > first)
+
+
+def from_hh(r: dict) -> Preference:
+    "Anthropic's helpful and harmless sets: two transcripts that differ in the last answer."
+    chosen, rejected = transcript(r["chosen"]), transcript(r["rejected"])
+    if chosen[:-1] != rejected[:-1] or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
+        raise ValueError("the transcripts differ in more than the last answer")
+    return comparison(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], 0, "hh")
+
+
+def from_summarize(r: dict) -> Preference:
+    "OpenAI's summaries of posts or articles."
+    text = r["info"].get("post") or r["info"].get("article") or ""
+    prompt = f"Summarize the following text.\n\n{text}"
+    return comparison(prompt, [summary["text"] for summary in r["summaries"]], r["choice"], "summarize")
+
+
+def from_webgpt(r: dict) -> Preference:
+    "OpenAI's WebGPT: answers to a question, each with a score."
+    answers = [r["answer_0"], r["answer_1"]]
+    return comparison(r["question"]["full_text"], answers, better(r["score_0"], r["score_1"]), "webgpt")
+
+
+def from_stackexchange(r: dict) -> Preference:
+    "StackExchange: answers to a question, of which the first has more votes."
+    return comparison(r["question"], [r["response_j"], r["response_k"]], 0, "stackexchange")
+
+
+def from_shp(r: dict) -> Preference:
+    "Stanford's SHP: comments on a post; label 1 means that the first is preferred."
+    return comparison(r["history"], [r["human_ref_A"], r["human_ref_B"]], 1 - r["labels"], "shp")
+
+
+def from_gptj(r: dict) -> Preference:
+    "Synthetic answers: a stronger model's preferred to those of GPT-J."
+    return comparison(r["prompt"], [r["chosen"], r["rejected"]], 0, "gptj")
+
+
+def from_pandalm(r: dict) -> Preference:
+    "PandaLM's test set: the majority of three annotators."
+    votes = Counter(r[f"annotator{i}"] for i in (1, 2, 3))
+    prompt = "\n\n".join(part for part in (r["instruction"], r["input"]) if part.strip())
+    answers = [str(r[name]) for name in ("response1", "response2")]  # one is the JSON value false
+    return comparison(prompt, answers, better(votes[1], votes[2]), "pandalm")
+
+
+def from_alpaca_eval(r: dict) -> Preference:
+    "AlpacaEval's annotations: 1 or 2 for the preferred output, maybe as text, and as a number between for some judges."
+    preferred = float(r["preference"] or 0)
+    if preferred in (0, 1.5):
+        raise ValueError("a tie")
+    return comparison(r["instruction"], [r["output_1"], r["output_2"]], int(preferred > 1.5), "alpaca_eval")
+
+
+READERS: dict[str, tuple[Callable[[dict], Preference], str, dict]] = {  # reader, and the set's place on the hub
+    "helpful": (from_hh, "Anthropic/hh-rlhf", {"data_dir": "helpful-base"}),
+    "harmless": (from_hh, "Anthropic/hh-rlhf", {"data_dir": "harmless-base"}),
+    "summarize": (from_summarize, "openai/summarize_from_feedback", {"name": "comparisons"}),
+    "webgpt": (from_webgpt, "openai/webgpt_comparisons", {}),
+    "stackexchange": (from_stackexchange, "lvwerra/stack-exchange-paired", {"data_dir": "data/reward"}),
+    "shp": (from_shp, "stanfordnlp/SHP", {}),
+    "gptj": (from_gptj, "Dahoas/synthetic-instruct-gptj-pairwise", {}),
+    "pandalm": (from_pandalm, "", {}),
+    "alpaca_eval": (from_alpaca_eval, "", {}),
+}
+
+
+def read_public(name: str, path: str | os.PathLike | None = None, split: str = "train") -> list[Preference]:
+    """The comparisons of a public set, one of READERS, from a local file (JSON, JSON lines, maybe .gz) or the hub.
+
+    Records that are no comparison are left out, and one warning says how many and why. ValueError for another name, or
+    a file whose records are not of this set; ImportError without the package `datasets` where it is needed.
+    """
+    if name not in READERS:
+        raise ValueError(f"{name!r} is no set we read; expected one of {', '.join(READERS)}")
+    reader, place, options = READERS[name]
+    if path is None and not place:
+        raise ValueError(f"{name} is not on the hub; expected the path of its file")
+    if path is None:
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise ImportError("reading from the hub needs a package: pip install datasets") from None
+        found = enumerate(load_dataset(place, split=split, **options), 1)
+    else:
+        found = records(path)
+    rows, left_out, number = [], Counter(), 0
+    for number, record in found:
+        try:
+            rows.append(reader(record))
+        except ValueError as error:
+            left_out[re.sub(r"\d+|'.*'", "…", str(error))] += 1
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            wrong = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path or place}:{number}: not a record of {name} ({wrong})") from None
+    if left_out:
+        reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.most_common())
+        warnings.warn(f"{name}: {left_out.total():,} of {number:,} records left out ({reasons})", stacklevel=2)
+    return rows
+
+
+# ---------- chapters/04_reward_model.py · Tables 6 and 26: how long are they?
+
+class Statistics(NamedTuple):
+    "A row of Table 6: how many comparisons, and means."
+
+    comparisons: int
+    turns: float  # user messages per dialogue
+    tokens_per_example: float  # of a conversation with one of its answers
+    tokens_in_prompt: float  # of a user message
+    tokens_in_response: float
+
+
+def statistics(rows: Sequence[Preference], tokenizer: Tokenizer) -> Statistics:
+    "Sizes of comparisons as Tables 6 and 26 give them; tokens of the texts alone."
+
+    def size(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    users = [size(m["content"]) for row in rows for m in row["messages"] if m["role"] == "user"]
+    others = sum(size(m["content"]) for row in rows for m in row["messages"] if m["role"] != "user")
+    answers = sum(size(row["chosen"]) + size(row["rejected"]) for row in rows) / 2
+    count = len(rows)
+    examples = (sum(users) + others + answers) / count
+    return Statistics(count, len(users) / count, examples, sum(users) / len(users), answers / count)
+
+
+# ---------- chapters/04_reward_model.py · Collecting comparisons
+
+class Variant(NamedTuple):
+    "A model that answers, and the temperatures it may do so at."
+
+    model: Llama
+    temperatures: Sequence[float] = (0.7, 1.0, 1.3)
+
+
+def two_answers(
+    variants: Sequence[Variant], tokenizer: Tokenizer, dialogs: Sequence[list[Message]], seed: int, max_new_tokens: int
+) -> list[list]:
+    "For each dialog, answers of two variants (of one variant, if there is one) at temperatures drawn at random."
+    random = np.random.default_rng([7, seed])
+    order = random.permuted(np.tile(np.arange(len(variants)), (len(dialogs), 1)), axis=1)
+    order = np.pad(order, ((0, 0), (0, 1)), mode="edge")[:, :2]
+    answers = [[None, None] for _ in dialogs]
+    places: dict[tuple, list] = {}
+    for dialog, side in itertools.product(range(len(dialogs)), (0, 1)):
+        variant = order[dialog, side]
+        temperature = variants[variant].temperatures[random.integers(len(variants[variant].temperatures))]
+        places.setdefault((side, variant, temperature), []).append(dialog)
+    for number, ((side, variant, temperature), these) in enumerate(sorted(places.items())):
+        asked, sampled = [dialogs[i] for i in these], seed * 1000 + number
+        replies = respond(variants[variant].model, tokenizer, asked, max_new_tokens, temperature, seed=sampled)
+        for i, reply in zip(these, replies, strict=True):
+            answers[i][side] = reply
+    return answers
+
+
+def collect(
+    variants: Sequence[Variant],
+    tokenizer: Tokenizer,
+    dialogs: Sequence[list[Message]],
+    value: str,
+    seed: int,
+    source: str,
+    max_new_tokens: int = 64,
+) -> tuple[list[Preference], Counter]:
+    """A batch of comparisons by simulated raters (section 3.2.1), and why how many pairs were not used.
+
+    dialogs: of the mini world, each ends with a user message. value: 'helpfulness' or 'safety', what the raters look
+    at; safety fills the field of that name. ValueError for another value, or a dialog that the judge cannot read.
+    """
+    if value not in ("helpfulness", "safety"):
+        raise ValueError(f"value {value!r}: expected 'helpfulness' or 'safety'")
+    rows, unused = [], Counter()
+    pairs = two_answers(variants, tokenizer, dialogs, seed, max_new_tokens)
+    for number, (messages, replies) in enumerate(zip(dialogs, pairs, strict=True)):
+        texts = [reply.text.strip() for reply in replies]
+        if not all(reply.finished for reply in replies):
+            unused["cut off"] += 1
+        elif not all(texts):
+            unused["empty"] += 1
+        elif texts[0] == texts[1]:
+            unused["equal"] += 1
+        else:
+            gold = [getattr(judge(messages, text), value) for text in texts]
+            preferred, rating = rate(*gold, seed=seed * 1_000_000 + number)
+            safe, other_safe = gold[preferred] >= SAFE, gold[1 - preferred] >= SAFE
+            if value == "safety" and other_safe and not safe:
+                unused["unsafe chosen"] += 1
+                continue
+            row = {"messages": messages, "chosen": texts[preferred], "rejected": texts[1 - preferred], "rating": rating}
+            bin = SAFETY[0 if safe and not other_safe else 1 if safe else 2] if value == "safety" else None
+            rows.append(row | {"safety": bin, "source": source})
+    return rows, unused
+
+
+def helpfulness_mix(helpfulness: Sequence, others: Sequence, seed: int) -> list:
+    "Data of the helpfulness reward model: all of its own, and as many of the others, drawn uniformly (3.2.2)."
+    drawn = np.random.default_rng([8, seed]).permutation(len(others))[: len(helpfulness)]
+    return [*helpfulness, *(others[i] for i in drawn)]
+
+
+def safety_mix(safety: Sequence, helpfulness: Sequence, seed: int, share: float = 0.1) -> list:
+    "Data of the safety reward model: all of its own, and helpfulness pairs that make up a `share` of it (3.2.2)."
+    drawn = np.random.default_rng([9, seed]).permutation(len(helpfulness))[: round(len(safety) * share / (1 - share))]
+    return [*safety, *(helpfulness[i] for i in drawn)]
