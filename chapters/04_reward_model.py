@@ -20,12 +20,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from llama2lib import ledger, mini, paper, plots
 from llama2lib.dialog import encode_dialog
 from llama2lib.judge import RATINGS, judge, scores
-from llama2lib.recipes import by_scale, cached, data_file, scale, seeds
+from llama2lib.recipes import by_scale, cached, data_file, seeds
 from llama2lib.stats import paired_interval
+from llama2lib.tokenizer import Tokenizer
 
 plt.rcParams.update(plots.STYLE)
 
@@ -41,6 +43,8 @@ plt.rcParams.update(plots.STYLE)
 
 # %%
 #| default_exp preferences
+
+# %%
 #| export
 import gzip
 import itertools
@@ -55,7 +59,7 @@ from typing import NamedTuple, TypedDict
 
 import numpy as np
 
-from llama2lib.chat import respond
+from llama2lib.chat import Reply, respond
 from llama2lib.dialog import Message, check_dialog
 from llama2lib.judge import RATINGS, SAFE, judge, rate
 from llama2lib.model import Llama
@@ -88,9 +92,9 @@ def check_preference(row: Preference):
     for name in ("chosen", "rejected"):
         if not isinstance(row[name], str) or not row[name].strip():
             raise ValueError(f"{name}: expected the text of an answer, found {row[name]!r:.60}")
-    for name, answer in (("messages", None), ("chosen", row["chosen"]), ("rejected", row["rejected"])):
+    for name, last in (("messages", None), ("chosen", row["chosen"]), ("rejected", row["rejected"])):
         try:
-            check_dialog(row["messages"] + ([{"role": "assistant", "content": answer}] if answer else []))
+            check_dialog(row["messages"] + ([{"role": "assistant", "content": last}] if last else []))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         if row["messages"][-1]["role"] != "user":
@@ -284,9 +288,9 @@ def read_public(name: str, path: str | os.PathLike | None = None, split: str = "
     else:
         found = records(path)
     rows, left_out, number = [], Counter(), 0
-    for number, record in found:
+    for number, raw in found:
         try:
-            rows.append(reader(record))
+            rows.append(reader(raw))
         except ValueError as error:
             left_out[re.sub(r"\d+|'.*'", "…", str(error))] += 1
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -341,8 +345,16 @@ def table(named: dict):
         print(f"{name:28} {row[0]:11,} {row[1]:6.1f} {row[2]:15.1f} {row[3]:8.1f} {row[4]:10.1f}")
 
 
-printed = {f"{name}, paper": row for name, row in paper.TABLES[6].items()}
-llama_words = data_file("llama2-tokenizer/tokenizer.model")
+harmless = data_file("hh-rlhf/harmless-base-test.half-a.jsonl.gz")
+pieces = data_file("llama2-tokenizer/tokenizer.model")
+printed = tuple(paper.PAPER["Table 6"]["Anthropic Harmless"].values())
+shown = {"Anthropic Harmless, paper": printed}
+if harmless and pieces:
+    shown["half of its test set"] = sizes = statistics(read_public("harmless", harmless), Tokenizer(pieces))
+    for place, name, most in ((2, "example", 5), (3, "prompt", 1), (4, "response", 2)):
+        ledger.record("Table 6", f"Anthropic Harmless: tokens per {name}", f"= paper ± {most}", printed[place],
+                      round(sizes[place], 1), evidence="chapters/04_reward_model.py::half of its test set")  # fmt: skip
+table(shown)
 
 # %% [markdown]
 # ## Collecting comparisons
@@ -351,61 +363,58 @@ llama_words = data_file("llama2-tokenizer/tokenizer.model")
 # temperatures, so that they differ; the annotator chooses and rates. Each week a batch is collected with the newest
 # models, since a reward model knows only what it has seen: when the policy moves, its training set has to follow.
 #
-# > Ours: the rater is the gold judge of chapter 12, with noise of 0.1 on the difference of two scores, and the cuts 0.1,
+# > Ours: the rater is the gold judge of chapter 12, with noise of 0.1 on the difference of two scores and the cuts 0.1,
 # > 0.25 and 0.5 between the four ratings. Pairs of equal answers, and those with an answer that was cut off, are not
-# > shown to it. A rater of safety looks at gold safety, calls an answer safe from 0.4 on (it gives nothing away), and its
+# > shown. A rater of safety looks at gold safety and calls an answer safe from 0.4 on (it gives nothing away);
 # > pairs with an unsafe chosen and a safe rejected answer are left out, as in the paper.
 
 
 # %%
 #| export
-class Variant(NamedTuple):
-    "A model that answers, and the temperatures it may do so at."
+Answerer = Callable[[Sequence[list[Message]], int], list[Reply]]  # dialogs and a seed → an answer to each
 
-    model: Llama
-    temperatures: Sequence[float] = (0.7, 1.0, 1.3)
+
+def sampler(model: Llama, tokenizer: Tokenizer, temperature: float, max_new_tokens: int = 64) -> Answerer:
+    "A model at a temperature, as a function of dialogs and a seed."
+    return lambda dialogs, seed: respond(model, tokenizer, dialogs, max_new_tokens, temperature, seed=seed)
 
 
 def two_answers(
-    variants: Sequence[Variant], tokenizer: Tokenizer, dialogs: Sequence[list[Message]], seed: int, max_new_tokens: int
-) -> list[list]:
-    "For each dialog, answers of two variants (of one variant, if there is one) at temperatures drawn at random."
+    variants: Sequence[Sequence[Answerer]], dialogs: Sequence[list[Message]], seed: int
+) -> list[list[Reply]]:
+    """For each dialog, an answer of two variants of the model, drawn at random in random order; of one if it is alone.
+
+    A variant is the ways in which it may answer, such as temperatures; one of them is drawn for each answer.
+    """
     random = np.random.default_rng([7, seed])
     order = random.permuted(np.tile(np.arange(len(variants)), (len(dialogs), 1)), axis=1)
     order = np.pad(order, ((0, 0), (0, 1)), mode="edge")[:, :2]
-    answers = [[None, None] for _ in dialogs]
-    places: dict[tuple, list] = {}
+    places: dict[tuple[int, int, int], list[int]] = {}
     for dialog, side in itertools.product(range(len(dialogs)), (0, 1)):
         variant = order[dialog, side]
-        temperature = variants[variant].temperatures[random.integers(len(variants[variant].temperatures))]
-        places.setdefault((side, variant, temperature), []).append(dialog)
-    for number, ((side, variant, temperature), these) in enumerate(sorted(places.items())):
-        asked, sampled = [dialogs[i] for i in these], seed * 1000 + number
-        replies = respond(variants[variant].model, tokenizer, asked, max_new_tokens, temperature, seed=sampled)
+        places.setdefault((side, variant, random.integers(len(variants[variant]))), []).append(dialog)
+    answers = [[None, None] for _ in dialogs]
+    for number, ((side, variant, way), these) in enumerate(sorted(places.items())):
+        replies = variants[variant][way]([dialogs[i] for i in these], seed * 1000 + number)
         for i, reply in zip(these, replies, strict=True):
             answers[i][side] = reply
     return answers
 
 
 def collect(
-    variants: Sequence[Variant],
-    tokenizer: Tokenizer,
-    dialogs: Sequence[list[Message]],
-    value: str,
-    seed: int,
-    source: str,
-    max_new_tokens: int = 64,
+    variants: Sequence[Sequence[Answerer]], dialogs: Sequence[list[Message]], value: str, seed: int, source: str
 ) -> tuple[list[Preference], Counter]:
     """A batch of comparisons by simulated raters (section 3.2.1), and why how many pairs were not used.
 
-    dialogs: of the mini world, each ends with a user message. value: 'helpfulness' or 'safety', what the raters look
-    at; safety fills the field of that name. ValueError for another value, or a dialog that the judge cannot read.
+    variants: see `two_answers`. dialogs: of the mini world, each ends with a user message. value: 'helpfulness' or
+    'safety', what the raters look at; safety fills the field of that name. ValueError for another value, or a dialog
+    that the judge cannot read.
     """
     if value not in ("helpfulness", "safety"):
         raise ValueError(f"value {value!r}: expected 'helpfulness' or 'safety'")
     rows, unused = [], Counter()
-    pairs = two_answers(variants, tokenizer, dialogs, seed, max_new_tokens)
-    for number, (messages, replies) in enumerate(zip(dialogs, pairs, strict=True)):
+    pairs = zip(dialogs, two_answers(variants, dialogs, seed), strict=True)
+    for number, (messages, replies) in enumerate(pairs):
         texts = [reply.text.strip() for reply in replies]
         if not all(reply.finished for reply in replies):
             unused["cut off"] += 1
@@ -420,9 +429,9 @@ def collect(
             if value == "safety" and other_safe and not safe:
                 unused["unsafe chosen"] += 1
                 continue
-            row = {"messages": messages, "chosen": texts[preferred], "rejected": texts[1 - preferred], "rating": rating}
-            bin = SAFETY[0 if safe and not other_safe else 1 if safe else 2] if value == "safety" else None
-            rows.append(row | {"safety": bin, "source": source})
+            row = {"messages": messages, "chosen": texts[preferred], "rejected": texts[1 - preferred]}
+            label = SAFETY[0 if safe and not other_safe else 1 if safe else 2] if value == "safety" else None
+            rows.append(row | {"rating": rating, "safety": label, "source": source})
     return rows, unused
 
 
@@ -449,13 +458,16 @@ def safety_mix(safety: Sequence, helpfulness: Sequence, seed: int, share: float 
 # back only, they change nothing. A reward model that reads its score off such a filling token, or off the first EOS of
 # a conversation, trains without complaint and is worthless.
 #
-# > Ours: the head is drawn from N(0, 1/(dim + 1)), as in the first work on reward models of this kind (Ziegler et al.
-# > 2019, Stiennon et al. 2020), and has no bias: only differences of scores enter the loss.
+# > Ours: the head begins at zero, so that every answer has the score 0 and the loss begins at ln 2 exactly; the paper
+# > does not say how it begins. It has no bias: only differences of scores enter the loss.
 
 # %%
 #| default_exp reward
+
+# %%
 #| export
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -467,20 +479,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from llama2lib.checkpoint import whole
+from llama2lib.checkpoint import load_checkpoint, whole
 from llama2lib.dialog import Message, encode_dialog
 from llama2lib.distributed import Parallel, data_ranks, processes
 from llama2lib.judge import RATINGS
-from llama2lib.model import Llama, ModelConfig
+from llama2lib.model import Llama, ModelConfig, rope_table
 from llama2lib.optim import adamw, cosine_lr
 from llama2lib.preferences import Preference, read_preferences
 from llama2lib.pretrain import command, train, train_step
 from llama2lib.shards import shuffled
 from llama2lib.tokenizer import Tokenizer
+
+
+def forked(forks: Int[Tensor, "B 2"], length: int) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B 1 T T"]]:
+    "Positions of the tokens of forked rows, and which tokens each one reads: those in front, but not the other answer."
+    places = torch.arange(length, device=forks.device)
+    first, second = places >= forks[:, :1], places >= forks[:, 1:]  # (B T), behind the beginning of an answer
+    positions = places - second * (forks[:, 1:] - forks[:, :1])
+    others = second[:, :, None] & (first & ~second)[:, None, :]
+    return positions, ((places <= places[:, None]) & ~others)[:, None]
 
 
 class RewardModel(Llama):
@@ -490,29 +511,41 @@ class RewardModel(Llama):
         super().__init__(config)
         del self.output
         self.score = nn.Linear(config.dim, 1, bias=False)
-        nn.init.normal_(self.score.weight, std=self.init_std("score.weight"))
+        nn.init.zeros_(self.score.weight)
 
     def init_std(self, name: str) -> float | None:
-        "As of Llama; the score's is 1/√(dim + 1)."
-        return (self.config.dim + 1) ** -0.5 if name == "score.weight" else super().init_std(name)
+        "As of Llama; the score begins at zero."
+        return 0.0 if name == "score.weight" else super().init_std(name)
 
     @classmethod
-    def of(cls, model: Llama, seed: int = 0) -> "RewardModel":
-        "A reward model that begins with a copy of a chat model's weights, and with a new head, drawn from `seed`."
-        with torch.random.fork_rng(), torch.device(model.tok_embeddings.weight.device):
-            torch.manual_seed(seed)
-            reward_model = cls(model.config).to(model.tok_embeddings.weight.dtype)
+    def of(cls, model: Llama) -> "RewardModel":
+        "A reward model that begins with a copy of a chat model's weights."
+        embedding = model.tok_embeddings.weight
+        reward_model = cls(model.config).to(embedding.device, embedding.dtype)
         weights = {name: tensor for name, tensor in model.state_dict().items() if name != "output.weight"}
         reward_model.load_state_dict(weights, strict=False)
         return reward_model
 
-    def values(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        "The score that each token would give if the text ended there, float32."
-        return whole(self.score(self.hidden(tokens))).squeeze(-1).float()
+    def hidden(self, tokens: Int[Tensor, "B T"], cache=None, documents=None, forks: Int[Tensor, "B 2"] | None = None):
+        """As of Llama. With `forks`, a row is a conversation and two answers to it, that begin at these places.
 
-    def forward(self, tokens: Int[Tensor, "B T"], last: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        "Scores, read at the place `last` of each row: its last real token, which is EOS."
-        return self.values(tokens).gather(1, last[:, None]).squeeze(1)
+        Both answers stand right behind the conversation: in position, and in what they read.
+        """
+        if forks is None:
+            return super().hidden(tokens, cache, documents)
+        if self.rope.device != tokens.device:
+            self.rope = rope_table(self.config, tokens.device)
+        positions, mask = forked(forks, tokens.shape[1])
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, self.rope[positions], None, mask)
+        return self.norm(x)
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], last: Int[Tensor, "B K"], forks: Int[Tensor, "B 2"] | None = None
+    ) -> Float[Tensor, "B K"]:
+        "Scores, read at the places `last` of each row: the last real token of an answer, which is EOS. float32"
+        return whole(self.score(self.hidden(tokens, forks=forks))).squeeze(-1).float().gather(1, last)
 
 
 # %% [markdown]
@@ -522,48 +555,873 @@ class RewardModel(Llama):
 #
 # $$-\log\sigma\big(r(x, y_c) - r(x, y_r)\big)$$
 #
-# that is, the probability of the annotator's choice in the Bradley-Terry model. It says nothing about how *much* better
-# the chosen answer is. The paper subtracts a margin $m$ that grows with the rating (Equation 2, Table 27): answers that
-# are significantly better have to win by more. The margin belongs to the loss alone; accuracy is $r(x, y_c) > r(x, y_r)$.
+# In the model of Bradley and Terry this is the negative log-probability of the annotator's choice. It does not ask how
+# *much* better the chosen answer is. So the paper subtracts a margin $m$ that grows with the rating (Equation 2, Table
+# 27): an answer that is significantly better has to win by more. The margin belongs to the loss alone; a pair counts as
+# right when $r(x, y_c) > r(x, y_r)$.
+#
+# Table 29 speaks of an auxiliary loss that teaches the safety reward model to tell safe from unsafe answers. Its
+# formula is not printed.
+#
+# > Ours: the score is also the logit of 'this answer is safe', with cross-entropy on the labels that the three bins
+# > imply, added with a weight. The paper counts the unsafe answers that a score of 0.5 finds: the same reading.
 
 # %%
 #| export
 MARGINS = {  # of Equation 2 by rating, Table 27
     "none": dict.fromkeys(RATINGS, 0.0),
     "small": dict(zip(RATINGS, (1, 2 / 3, 1 / 3, 0), strict=True)),
-    "large": dict(zip(RATINGS, (3.0, 2.0, 1.0, 0.0), strict=True)),
+    "large": dict(zip(RATINGS, (3, 2, 1, 0), strict=True)),
 }
+LABELS = {"chosen_safe": (1, 0), "both_safe": (1, 1), "both_unsafe": (0, 0), None: (-1, -1)}  # chosen, rejected
+
+
+def pair_losses(
+    chosen: Float[Tensor, "N"], rejected: Float[Tensor, "N"], margin: Float[Tensor, "N"] | float = 0.0
+) -> Float[Tensor, "N"]:
+    "-log σ(chosen - rejected - margin) of each pair: Equation 1, with a margin Equation 2. ValueError for shapes."
+    shapes = sorted({tuple(x.shape) for x in (chosen, rejected, margin) if isinstance(x, Tensor)})
+    if len(shapes) > 1 or chosen.ndim != 1:
+        raise ValueError(f"scores and margins of shapes {shapes}: expected a number for each pair, (N)")
+    return -F.logsigmoid(chosen - rejected - margin)
 
 
 def ranking_loss(
     chosen: Float[Tensor, "N"], rejected: Float[Tensor, "N"], margin: Float[Tensor, "N"] | float = 0.0
 ) -> Float[Tensor, ""]:
-    "Mean over pairs of -log σ(chosen - rejected - margin): Equation 1, with a margin Equation 2. ValueError for shapes."
-    shapes = {tuple(x.shape) for x in (chosen, rejected, margin) if isinstance(x, Tensor)}
-    if len(shapes) > 1 or chosen.ndim != 1:
-        raise ValueError(f"scores and margins of shapes {sorted(shapes)}: expected one number for each pair")
-    return -F.logsigmoid(chosen - rejected - margin).mean()
+    "Mean of `pair_losses`."
+    return pair_losses(chosen, rejected, margin).mean()
 
 
-def safety_loss(scores: Float[Tensor, "N"], safe: Float[Tensor, "N"]) -> Float[Tensor, ""]:
-    "Mean cross-entropy of the scores as logits of 'safe' (1) or not (0); where `safe` is -1 it is unknown (A.3.4; ours)."
-    known = safe >= 0
+def safety_losses(scores: Float[Tensor, "..."], safe: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    "Cross-entropy of each score as the logit of 'safe', 1 or 0; where `safe` is -1, unknown, it is 0 (A.3.4; ours)."
     losses = F.binary_cross_entropy_with_logits(scores, safe.clamp(min=0), reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
+    return losses * (safe >= 0)
 
-
-# %% [markdown]
-# Table 29 says that the safety reward model has an auxiliary loss that teaches it to tell safe from unsafe answers. Its
-# formula is not printed.
-#
-# > Ours: the score is also the logit of 'this answer is safe', with cross-entropy on the labels that the three bins
-# > imply, added with weight 1. The paper measures the unsafe answers found at a score of 0.5, which is the same reading.
 
 # %%
 a, b = torch.randn(2, 5)
 assert torch.allclose(ranking_loss(a, b), torch.log1p(torch.exp(b - a)).mean())
-assert torch.isclose(ranking_loss(a, a), torch.tensor(2.0).log())  # no preference, no margin: ln 2
+assert torch.isclose(ranking_loss(a, a), torch.tensor(2.0).log())  # equal scores, no margin: ln 2
 try:
-    ranking_loss(a[:, None], b[:, None], torch.ones(5))  # would silently compare every pair with every margin
+    ranking_loss(a[:, None], b[:, None], torch.ones(5))  # broadcast, every pair would meet every margin
 except ValueError as error:
     print(error)
+for size, margin in MARGINS.items():
+    print(f"{size:>6}", "  ".join(f"{rating} {value:.2f}" for rating, value in margin.items()))
+
+# %% [markdown]
+# ## Rows of a step
+#
+# A pair is one conversation with two answers, which go through the model together, in one forward pass.
+#
+# > Ours: the conversation is read once. Chosen and rejected answer stand behind it in one row; the second one takes the
+# > positions of the first again, and its tokens do not see the first. Scores are those of two rows, for a third fewer
+# > tokens at the lengths of Table 6 (798 a conversation with its answer, 234 of them the answer's). And within a step,
+# > pairs are sorted by length before they are cut into micro-batches, since every filling token costs as much as a
+# > real one. The step's gradient is the same for any order.
+
+
+# %%
+#| export
+class Pair(NamedTuple):
+    "A comparison as the loss wants it: tokens of conversation and answers, the margin, who is safe."
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+    safe: tuple[int, int]  # of chosen and rejected: 1, 0, or -1 if unknown
+
+    @property
+    def size(self) -> int:
+        "Tokens of its row."
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def encode_pair(tokenizer: Tokenizer, row: Preference, margin: str = "none", length: int | None = None) -> Pair:
+    "A comparison with one of MARGINS. ValueError when the conversation with an answer is longer than `length` tokens."
+    prompt, _ = encode_dialog(tokenizer, row["messages"])
+    answers = []
+    for name in ("chosen", "rejected"):
+        tokens, _ = encode_dialog(tokenizer, [*row["messages"], {"role": "assistant", "content": row[name]}])
+        if length is not None and len(tokens) > length:
+            raise ValueError(f"{name}: {len(tokens)} tokens with the conversation, more than max_seq_len {length}")
+        answers.append(tokens[len(prompt) :])
+    return Pair(prompt, *answers, MARGINS[margin].get(row["rating"], 0.0), LABELS[row["safety"]])
+
+
+def padded(rows: Sequence[Sequence[int]], multiple: int = 1) -> Int[Tensor, "B T"]:
+    "Rows filled up at the end with 0, T a multiple of `multiple`."
+    length = math.ceil(max(map(len, rows)) / multiple) * multiple
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.as_tensor(ids)
+    return tokens
+
+
+def pair_rows(pairs: Sequence[Pair], multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    "Forked rows (B T), the last token of each answer (B 2), and where the answers begin (B 2)."
+    tokens = padded([[*pair.prompt, *pair.chosen, *pair.rejected] for pair in pairs], multiple)
+    sizes = torch.tensor([[len(part) for part in pair[:3]] for pair in pairs]).cumsum(1)
+    return tokens, sizes[:, 1:] - 1, sizes[:, :2]
+
+
+NOTHING = Pair([0], [0], [0], 0.0, (-1, -1))  # what a rank that has no pairs left passes through, with weight 0
+
+
+def micro_batches(pairs: Sequence[Pair], count: int, multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    "Pairs, sorted by length, as `count` micro-batches: `pair_rows`, margins (B), who is safe (B 2), weights (B)."
+    ordered = sorted(pairs, key=lambda pair: pair.size)
+    for places in np.array_split(np.arange(len(ordered)), count):
+        part = [ordered[i] for i in places] or [NOTHING]
+        margins = torch.tensor([pair.margin for pair in part], dtype=torch.float32)
+        safe = torch.tensor([pair.safe for pair in part], dtype=torch.float32)
+        yield *pair_rows(part, multiple), margins, safe, torch.full((len(part),), float(len(places) > 0))
+
+
+# %%
+fork = torch.tensor([[2, 4]])  # a conversation of two tokens, answers of two and three
+places, reads = forked(fork, 7)
+print("positions", places[0].tolist())
+print(reads[0, 0].int())
+
+# %% [markdown]
+# ## Training
+#
+# One epoch (more over-fits, the authors found), the base model's AdamW, a peak learning rate of 1e-5, or 5e-6 for 70B,
+# warm-up over 3 % of the steps and at least 5, a cosine to a tenth, 512 pairs in a batch.
+#
+# > Ours: the margin of the final models is not printed; Table 28 puts the small one slightly ahead on average, and we
+# > take it. The recipe `mini` has smaller batches and a learning rate like that of its fine-tuning.
+
+
+# %%
+#| export
+@dataclass(frozen=True)
+class RewardConfig:
+    """A reward model's training; the recipe's defaults are the paper's (section 3.2.2).
+
+    ValueError, naming the numbers, for a recipe that cannot work.
+    """
+
+    model: str = "runs/sft/model"  # the chat model's folder to begin with, Hugging Face's layout or Meta's
+    lr: float = 1e-5  # at the end of the warm-up
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-5  # of AdamW
+    weight_decay: float = 0.1  # of matrices; the norms' weights are exempt
+    grad_clip: float = 1.0  # largest norm of the gradient
+    warmup: float = 0.03  # share of the steps in which the learning rate rises to its peak
+    min_warmup: int = 5  # steps of warm-up at least
+    final_lr: float = 0.1  # share of the peak that the cosine ends at
+    batch_pairs: int = 512  # pairs of one optimiser step, over all GPUs; an epoch's last step may have fewer
+    max_seq_len: int = 4096  # tokens of a conversation with an answer, at most
+    epochs: int = 1  # how often all pairs are seen
+    margin: Literal["none", "small", "large"] = "small"  # of Equation 2, by rating
+    auxiliary: float = 0.0  # weight of the safety loss
+    seed: int = 0  # of the order of the pairs
+
+    data: Path = Path("preferences.jsonl")  # comparisons, see llama2lib.preferences
+    tokenizer: Path | None = None  # SentencePiece file; none: the one in the model's folder
+    out: Path = Path("runs/reward")  # log, checkpoints, and the trained model as a Hugging Face folder
+    micro_batch: int = 8  # pairs in one forward pass of one GPU; the rest of the batch is accumulated
+    parallel: Parallel = field(default_factory=Parallel)
+    save_every: int = 200  # steps between checkpoints, from which the same command resumes
+    keep: int = 2  # checkpoints that are kept
+    tensorboard: bool = False  # beside out/log.jsonl
+
+    def __post_init__(self):
+        for name in ("batch_pairs", "max_seq_len", "epochs", "micro_batch", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.warmup < 1 or self.min_warmup < 0:
+            raise ValueError(f"warmup {self.warmup}, min_warmup {self.min_warmup}: expected a share, and at least 0")
+        if self.margin not in MARGINS or self.auxiliary < 0:
+            known = ", ".join(MARGINS)
+            raise ValueError(f"margin {self.margin!r}, auxiliary {self.auxiliary}: expected {known}, and at least 0")
+        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
+            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
+
+    def steps(self, pairs: int) -> int:
+        "Optimiser steps of a run on so many pairs."
+        return self.epochs * math.ceil(pairs / self.batch_pairs)
+
+
+REWARD = {
+    "paper": RewardConfig(micro_batch=2, parallel=Parallel(ac="selective", reduce="micro_batch")),
+    "paper-70B": RewardConfig(lr=5e-6, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
+    "mini": RewardConfig(lr=1e-3, batch_pairs=32, max_seq_len=512, micro_batch=8),
+}
+
+
+class RewardStep(NamedTuple):
+    "What an optimiser step measured: loss and accuracy are means over its pairs; `tokens` counts real ones so far."
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    accuracy: float
+
+
+def train_reward(
+    model: RewardModel,
+    pairs: Sequence[Pair],
+    config: RewardConfig,
+    optimizer: torch.optim.Optimizer | None = None,
+    start: int = 0,
+) -> Iterator[RewardStep]:
+    """Train `model` on pairs from `encode_pair`, yielding a `RewardStep` after each (section 3.2.2).
+
+    With the `optimizer` of an earlier part of the run, `start` at a later step. Leaves the model in training mode.
+    ValueError without pairs; FloatingPointError, before the weights change, when loss or gradient are not finite.
+    """
+    if not pairs:
+        raise ValueError("no pairs to train on")
+    device, steps = model.tok_embeddings.weight.device, config.steps(len(pairs))
+    optimizer = optimizer or adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
+    rank, ranks, group = data_ranks(model)
+    sizes = np.array([pair.size for pair in pairs])
+    right = torch.zeros((), device=device)
+    if config.parallel.compile and group is None:
+        model.compile(dynamic=True)
+
+    def loss_of(model, tokens, last, forks, margins, safe, weights):
+        scores = model(tokens, last, forks)
+        chosen, rejected = scores.unbind(1)
+        right.add_(((chosen > rejected) * weights).sum().detach())
+        losses = pair_losses(chosen, rejected, margins)
+        if config.auxiliary:
+            losses = losses + config.auxiliary * safety_losses(scores, safe).mean(1)
+        return (losses * weights).sum()
+
+    per_epoch, tokens = steps // config.epochs, 0
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    for step in range(steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            order = shuffled(np.arange(len(pairs)), len(pairs), (config.seed, epoch))
+        these = order[place * config.batch_pairs : (place + 1) * config.batch_pairs]
+        tokens += int(sizes[these].sum())
+        if step < start:
+            continue
+        lr = cosine_lr(step, config.lr, max(config.min_warmup, round(config.warmup * steps)), steps, config.final_lr)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = lr
+        mine = sorted((pairs[i] for i in these), key=lambda pair: pair.size)[rank::ranks]
+        passes = math.ceil(math.ceil(len(these) / ranks) / config.micro_batch)
+        parts = ((x.to(device) for x in part) for part in micro_batches(mine, passes, config.parallel.tp))
+        right.zero_()
+        try:
+            loss, norm = train_step(
+                model, optimizer, [tuple(part) for part in parts], len(these), config.grad_clip,
+                config.parallel.reduce, loss_of,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            where = f"pairs {', '.join(map(str, these[:8]))}{' …' if len(these) > 8 else ''} of {len(pairs)}"
+            raise FloatingPointError(f"step {step}: {error}; {where}") from None
+        if ranks > 1:
+            dist.all_reduce(right, group=group)
+        yield RewardStep(step, loss, lr, norm, tokens, right.item() / len(these))
+
+
+# %% [markdown]
+# Training leaves a model that scores any answer to any conversation, alone, without the one it was compared with. For a
+# whole set, rows are again sorted by length.
+
+
+# %%
+#| export
+@torch.no_grad()
+def score(
+    model: RewardModel, tokenizer: Tokenizer, dialogs: Sequence[Sequence[Message]], batch_tokens: int = 16_384
+) -> Float[np.ndarray, "N"]:
+    """Scores of conversations that end with an answer: raw logits; a higher one is a better answer.
+
+    batch_tokens: of one forward pass, filling included. ValueError for a conversation without an answer at its end.
+    """
+    for number, messages in enumerate(dialogs):
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(f"dialog {number} ends with the {messages[-1]['role']}: expected an answer to score")
+    rows = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores, device, training = np.empty(len(rows), np.float32), model.tok_embeddings.weight.device, model.training
+    model.eval()
+    while order:
+        count = max(1, batch_tokens // len(rows[order[-1]]))
+        these, order = order[-count:], order[:-count]
+        last = torch.tensor([[len(rows[i]) - 1] for i in these])
+        scores[these] = model(padded([rows[i] for i in these]).to(device), last.to(device))[:, 0].cpu().numpy()
+    model.train(training)
+    return scores
+
+
+@torch.no_grad()
+def score_pairs(
+    model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 128
+) -> Float[np.ndarray, "2 N"]:
+    "Scores of the chosen and of the rejected answers of comparisons, `batch` of them in one forward pass."
+    pairs, scores, training = [encode_pair(tokenizer, row) for row in rows], np.empty((2, len(rows))), model.training
+    order = np.argsort([pair.size for pair in pairs])
+    model.eval()
+    for these in np.array_split(order, math.ceil(len(rows) / batch)):
+        inputs = (part.to(model.tok_embeddings.weight.device) for part in pair_rows([pairs[i] for i in these]))
+        scores[:, these] = model(*inputs).T.cpu().numpy()
+    model.train(training)
+    return scores
+
+
+def accuracy(scores: Float[np.ndarray, "2 N"], rows: Sequence[Preference]) -> dict[str, float]:
+    "Share of pairs whose chosen answer has the higher score; equal scores count half. By rating, and 'all'."
+    right = (scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])
+    rated = np.array([str(row["rating"]) for row in rows])
+    found = {rating: float(right[rated == rating].mean()) for rating in RATINGS if (rated == rating).any()}
+    return found | {"all": float(right.mean())}
+
+
+# %%
+#| export
+def read_pairs(path: Path, tokenizer: Tokenizer, config: RewardConfig) -> list[Pair]:
+    "The comparisons of a JSONL file as pairs. ValueError with file, line and field, and for one that is too long."
+    pairs = []
+    for number, row in enumerate(read_preferences(path), 1):
+        try:
+            pairs.append(encode_pair(tokenizer, row, config.margin, config.max_seq_len))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return pairs
+
+
+def run(config: RewardConfig) -> Path:
+    """Train a reward model, or go on training it, as `config` says; returns the folder of the trained model.
+
+    Writes out/log.jsonl, out/step-…, and out/model, a Hugging Face folder that `transformers` opens as a sequence
+    classifier, at the end. Errors as in `pretrain.run`.
+    """
+    with processes() as device:
+        tokenizer = Tokenizer(config.tokenizer or config.model)
+        pairs = read_pairs(config.data, tokenizer, config)
+        if os.environ.get("RANK", "0") == "0":
+            sizes = sorted(pair.size for pair in pairs)
+            print(f"{len(pairs):,} pairs, the longest of {sizes[-1]} tokens, the median {sizes[len(sizes) // 2]}")
+        digest = hashlib.sha256(config.data.read_bytes() + tokenizer.digest.encode()).hexdigest()
+
+        def loop(model, optimizer, start):
+            return train_reward(model, pairs, config, optimizer, start)
+
+        steps = config.steps(len(pairs))
+        return train(config, device, tokenizer, tokenizer.vocab_size, digest, steps, loop, "reward model", RewardModel)
+
+
+@record
+def cli(prog: str = "python -m llama2lib.reward"):
+    "python -m llama2lib.reward RECIPE [options]: train a reward model (section 3.2.2); under torchrun, on all ranks."
+    about = {n: f"{c.batch_pairs} pairs a step, peak lr {c.lr:g}, margin {c.margin}" for n, c in REWARD.items()}
+    command(run, {name: (about[name], config) for name, config in REWARD.items()}, prog)
+
+# %% [markdown]
+# A reward model in a folder is a *scorer*, whoever trained it: ours, or any sequence classifier of Hugging Face with
+# one output. GPT-4 gives no scores; the paper asks it which of two answers, A or B, is the best.
+#
+# > Ours: every pair is asked in both orders, since chat models like one of the letters better.
+
+
+# %%
+#| export
+Scorer = Callable[[Sequence[Sequence[Message]]], Float[np.ndarray, "N"]]  # of conversations that end with an answer
+
+
+def load_scorer(path: str | os.PathLike, device: str | torch.device | None = None) -> Scorer:
+    """The reward model in a folder, as a function: one of ours, or a Hugging Face sequence classifier with one output.
+
+    Ours are the folders of Llama's architecture with a tokenizer.model; others read a conversation through their own
+    chat template, without one as question and answer. ValueError for a model with several outputs; ImportError without
+    `transformers` where it is needed.
+    """
+    folder = Path(path).expanduser()
+    fields = json.loads((folder / "config.json").read_text("utf-8"))
+    if fields.get("model_type") == "llama" and (folder / "tokenizer.model").exists():
+        model, tokenizer = load_checkpoint(folder, device, kind=RewardModel), Tokenizer(folder)
+        return lambda dialogs: score(model, tokenizer, dialogs)
+    try:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    except ImportError:
+        raise ImportError(f"{folder} needs a package: pip install transformers") from None
+    network = AutoModelForSequenceClassification.from_pretrained(folder).to(device or "cpu").eval()
+    if network.config.num_labels != 1:
+        raise ValueError(f"{folder} has {network.config.num_labels} outputs; a reward model has one")
+    words = AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def scorer(dialogs):
+        scores = []
+        for messages in dialogs:
+            if words.chat_template:
+                texts = [words.apply_chat_template([dict(message) for message in messages], tokenize=False)]
+            else:
+                texts = ["\n\n".join(message["content"] for message in messages[:-1]), messages[-1]["content"]]
+            inputs = words(*texts, return_tensors="pt", add_special_tokens=not words.chat_template)
+            scores.append(network(**inputs.to(network.device)).logits.float().item())
+        return np.array(scores, np.float32)
+
+    return scorer
+
+
+@torch.no_grad()
+def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 32) -> Float[np.ndarray, "N"]:
+    """How much a chat model prefers the chosen answers when it is asked for the best one, A or B.
+
+    The difference of the letters' log-probabilities, mean over both orders; above 0 it agrees with the annotator.
+    """
+    prompts, letters = [], [tokenizer.encode(letter)[-1] for letter in "AB"]
+    for row in rows:
+        for first, second in (("chosen", "rejected"), ("rejected", "chosen")):
+            question = row["messages"][-1]["content"]
+            asked = f"{question}\n\nA: {row[first]}\n\nB: {row[second]}\n\nChoose the best answer between A and B."
+            prompts.append(encode_dialog(tokenizer, [*row["messages"][:-1], {"role": "user", "content": asked}])[0])
+    differences = []
+    for begin in range(0, len(prompts), batch):
+        part = prompts[begin : begin + batch]
+        states = model.hidden(padded(part).to(model.tok_embeddings.weight.device))
+        states = states[torch.arange(len(part)), [len(ids) - 1 for ids in part]]
+        logits = model.output(states)[:, letters].float()
+        differences.append((logits[:, 0] - logits[:, 1]).cpu())
+    first, second = torch.cat(differences).view(-1, 2).T
+    return ((first - second) / 2).numpy()
+
+
+# %% [markdown]
+# ## Comparisons and reward models of the mini world
+#
+# Later chapters need both reward models, the same each time. `mini_rewards` makes them as `mini` makes the chat model:
+# comparisons of a seed's chat model, and reward models that begin with it, trained when they are first asked for.
+#
+# > Ours: the second variant of the model is the base model fine-tuned on answers that are brief or repeat themselves as
+# > often as they are good; without it, most pairs differ in right and wrong alone. Temperatures are 0.6, 0.8 and 1.
+# > Raters of safety see adversarial prompts only. Test pairs have the held-out prompts of chapter 12: wordings and
+# > entities that no comparison of the training set, and no dialogue of fine-tuning, has. There are no outside sets to
+# > mix in: the helpfulness model's others are the safety pairs, and the safety model's 10 % are helpfulness pairs.
+
+
+# %%
+#| export mini_rewards
+from collections.abc import Sequence
+
+from dataclasses import replace
+
+import numpy as np
+from tqdm import tqdm
+
+from llama2lib import mini
+from llama2lib.chat import Reply
+from llama2lib.dialog import Message
+from llama2lib.judge import read_task
+from llama2lib.preferences import Answerer, Preference, collect, helpfulness_mix, safety_mix, sampler
+from llama2lib.recipes import by_scale, cached
+from llama2lib.reward import REWARD, RewardConfig, RewardModel, encode_pair, score_pairs, train_reward
+from llama2lib.synthetic import HELPFUL, MIXED, answer, dialogues, pick
+
+ASKED = {"helpfulness": HELPFUL, "safety": {"adversarial": 1.0}}  # what annotators of either kind ask
+BRIEF = {"full": 0.3, "terse": 0.35, "repetitive": 0.35}  # answers that the second variant learned from
+TEMPERATURES = (0.6, 0.8, 1.0)
+TRAIN = by_scale(
+    smoke={"helpfulness": 32, "safety": 16}, laptop={"helpfulness": 20_000, "safety": 8_000},
+    a100={"helpfulness": 20_000, "safety": 8_000},
+)  # fmt: skip
+TEST = by_scale(smoke=32, laptop=3000, a100=3000)  # pairs of either kind
+
+
+def written(quality: dict[str, float]) -> Answerer:
+    "Answers by the world's own writer, of mixed quality."
+
+    def answers(dialogs: Sequence[list[Message]], seed: int) -> list[Reply]:
+        random, tasks = np.random.default_rng([10, seed]), map(read_task, dialogs)
+        return [Reply(answer(random, task, pick(random, quality), random.random() < 0.3), True) for task in tasks]
+
+    return answers
+
+
+def variants(seed: int, size: str = "1.3M") -> list[list[Answerer]]:
+    "The chat model of a seed and its brief sibling; at the smoke scale, where they know nothing, the world's writer."
+    siblings = dialogues(np.random.default_rng([4, seed]), mini.DIALOGUES, kinds=mini.KINDS, quality=BRIEF)
+    models = [mini.chat(seed, size), mini.tuned(seed, siblings, size=size)]
+    sampled = [[sampler(model, mini.tokenizer(), t) for t in TEMPERATURES] for model in models]
+    return by_scale(smoke=[[written(MIXED)], [written(BRIEF)]], laptop=sampled, a100=sampled)
+
+
+def collected(inputs: dict) -> dict:
+    "Comparisons, and why how many were not used; `inputs`: seed, value, split, pairs."
+    seed, value, split, pairs = (inputs[name] for name in ("seed", "value", "split", "pairs"))
+    random = np.random.default_rng([6, seed, split == "test"])
+    asked = [messages[:-1] for messages in dialogues(random, pairs + pairs // 10 + 8, split, ASKED[value])]
+    rows, unused = collect(variants(seed), asked, value, 2 * seed + (split == "test"), f"{value}, seed {seed}")
+    return {"rows": rows[:pairs], "unused": dict(unused)}
+
+
+def comparisons(seed: int, value: str, split: str = "train") -> list[Preference]:
+    "Comparisons of a seed's models, by raters of 'helpfulness' or 'safety', on prompts of a split."
+    pairs = TRAIN[value] if split == "train" else TEST
+    inputs = {"seed": seed, "value": value, "split": split, "pairs": pairs}
+    return cached(f"mini-{value}-{split}-seed{seed}", inputs, collected)["rows"]
+
+
+def fitted(inputs: dict) -> dict:
+    "Weights, accuracy in training, and scores of test pairs; `inputs`: seed, size, recipe, rows, tests."
+    seed, size, recipe, words = inputs["seed"], inputs["size"], inputs["recipe"], mini.tokenizer()
+    pairs = [encode_pair(words, row, recipe.margin, recipe.max_seq_len) for row in inputs["rows"]]
+    model, right = RewardModel.of(mini.chat(seed, size)), []
+    steps = train_reward(model, pairs, recipe)
+    for step in tqdm(steps, total=recipe.steps(len(pairs)), desc="reward model", unit="step", leave=False):
+        right.append(step.accuracy)
+    scores = {value: score_pairs(model, words, rows) for value, rows in inputs["tests"].items()}
+    return {"weights": model.state_dict(), "accuracy": right, "scores": scores}
+
+
+def fit(seed: int, rows: Sequence[Preference], recipe: RewardConfig = REWARD["mini"], size: str = "1.3M") -> dict:
+    "A reward model that begins with a seed's chat model: weights, accuracy by step, scores [2, N] of both test sets."
+    inputs = {"seed": seed, "size": size, "recipe": replace(recipe, seed=seed), "rows": list(rows)}
+    inputs["tests"] = {value: comparisons(seed, value, "test") for value in ASKED}
+    return cached(f"mini-reward-{size}-seed{seed}", inputs, fitted)
+
+
+def loaded(weights: dict, size: str = "1.3M") -> RewardModel:
+    "A reward model of the mini world with these weights."
+    model = RewardModel(mini.SIZES[size])
+    model.load_state_dict(weights)
+    return model
+
+
+def mixture(seed: int, value: str) -> list[Preference]:
+    "What the reward model of 'helpfulness' or 'safety' learns from: its own comparisons and some of the other's."
+    helpful, safe = comparisons(seed, "helpfulness"), comparisons(seed, "safety")
+    return helpfulness_mix(helpful, safe, seed) if value == "helpfulness" else safety_mix(safe, helpful, seed)
+
+# %%
+words = mini.tokenizer()
+runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2), a100=(0, 1, 2)))
+values = ("helpfulness", "safety")
+tests = {seed: {value: comparisons(seed, value, "test") for value in values} for seed in runs}
+helpful = {seed: comparisons(seed, "helpfulness") for seed in runs}
+for value, split in ((value, split) for value in values for split in ("train", "test")):
+    rows = comparisons(runs[0], value, split)
+    shares = ", ".join(f"{rating} {np.mean([r['rating'] == rating for r in rows]):.0%}" for rating in RATINGS)
+    print(f"{value}, {split}: {len(rows):,} pairs; {shares}")
+bins = {name: np.mean([row["safety"] == name for row in tests[runs[0]]["safety"]]) for name in SAFETY}
+theirs = paper.TEXT["Section 3.2.1"]["safety_bins"]
+print("; ".join(f"{name}: {share:.0%}, paper {theirs[name]:.0%}" for name, share in bins.items()))
+asked = {split: {row["messages"][-1]["content"] for value in values for row in comparisons(runs[0], value, split)}
+         for split in ("train", "test")}  # fmt: skip
+print(f"distinct last messages: {len(asked['train']):,} in training, {len(asked['test']):,} in the test sets, "
+      f"{len(asked['train'] & asked['test'])} in both")  # fmt: skip
+assert not asked["train"] & asked["test"]
+
+# %% [markdown]
+# How good can a reward model be here? The rater's noise decides close pairs, so even gold scores do not get them all
+# right. And how good must it be to have learned anything? Two baselines know nothing of the world: one prefers the
+# longer answer, or the shorter, whichever is right more often in training; one has a weight for each piece of the
+# vocabulary, fitted by the same loss.
+#
+# > Ours: criterion, written before the runs: the helpfulness model is right on 65 % of all pairs and on 78 % of the
+# > 'significantly better' ones, and is ahead of both baselines by 8 points.
+
+
+# %%
+def counts(rows: list, name: str) -> torch.Tensor:
+    "How often each piece of the vocabulary comes in the chosen or rejected answers. → [pairs, vocabulary]"
+    found = torch.zeros(len(rows), words.vocab_size)
+    for row, pair in zip(found, rows, strict=True):
+        row += torch.bincount(torch.tensor(words.encode(pair[name])), minlength=words.vocab_size)
+    return found
+
+
+def bag_of_words(inputs: dict) -> dict:
+    "Scores of test pairs by a weight for each piece, fitted with Equation 1 and a penalty on large weights."
+    difference = counts(inputs["rows"], "chosen") - counts(inputs["rows"], "rejected")
+    weights = torch.zeros(difference.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=100)
+
+    def loss():
+        optimizer.zero_grad()
+        total = ranking_loss(difference @ weights, torch.zeros(len(difference))) + 1e-3 * (weights**2).sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    both = [counts(inputs["tests"], name) @ weights.detach() for name in ("chosen", "rejected")]
+    return {"scores": torch.stack(both)}
+
+
+def by_length(rows: list, tests: list) -> np.ndarray:
+    "Scores of test pairs by length, with the sign that is right more often in training. → [2, pairs]"
+    sizes = [np.array([[len(words.encode(row[name])) for row in part] for name in ("chosen", "rejected")], float)
+             for part in (rows, tests)]  # fmt: skip
+    return sizes[1] if accuracy(sizes[0], rows)["all"] > 0.5 else -sizes[1]
+
+
+def gold_scores(value: str, rows: list) -> np.ndarray:
+    "Gold scores of test pairs. → [2, pairs]"
+    column = values.index(value)
+    return np.stack([scores([r["messages"] for r in rows], [(r[name], True) for r in rows])[:, column]
+                     for name in ("chosen", "rejected")])  # fmt: skip
+
+
+def over_seeds(found: dict[int, float]):
+    "Mean over seeds, with its interval."
+    return paired_interval(np.array(list(found.values()))[:, None], np.zeros((len(found), 1)))
+
+
+def claim(item: str, text: str, criterion: str, printed, found: dict[int, float], evidence: str):
+    "A ledger row from an effect per seed."
+    mean = over_seeds(found)
+    row = ledger.record(item, text, criterion, printed, mean.value, interval=mean[1:], seeds=found, evidence=evidence)
+    print(f"{text}: {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}], {criterion}: {row['status']}")
+
+
+# %%
+both = {seed: {"helpfulness": fit(seed, mixture(seed, "helpfulness")),
+               "safety": fit(seed, mixture(seed, "safety"), replace(REWARD["mini"], auxiliary=1.0))}
+        for seed in runs}  # fmt: skip
+table_of = {}
+for seed in runs:
+    rows = tests[seed]["helpfulness"]
+    bag = cached(f"mini-bag-seed{seed}", {"rows": helpful[seed], "tests": rows}, bag_of_words)["scores"].numpy()
+    found = {
+        "gold scores": gold_scores("helpfulness", rows),
+        "helpfulness reward model": np.asarray(both[seed]["helpfulness"]["scores"]["helpfulness"]),
+        "bag of words": bag,
+        "length": by_length(helpful[seed], rows),
+    }
+    for name, pair_scores in found.items():
+        table_of.setdefault(name, {})[seed] = accuracy(pair_scores, rows)
+print(f"{'mean over seeds':26}" + "".join(f"{name:>22}" for name in (*RATINGS, "all")))
+for name, by_seed in table_of.items():
+    means = {rating: np.mean([found[rating] for found in by_seed.values()]) for rating in (*RATINGS, "all")}
+    print(f"{name:26}" + "".join(f"{value:22.1%}" for value in means.values()))
+
+# %%
+ours = table_of["helpfulness reward model"]
+EVIDENCE = "chapters/04_reward_model.py::both = "
+claim("Table 8", "helpfulness accuracy over all ratings", "> 0.65", 0.632,
+      {seed: found["all"] for seed, found in ours.items()}, EVIDENCE)  # fmt: skip
+claim("Table 8", "helpfulness accuracy, significantly better", "> 0.78", 0.807,
+      {seed: found["significantly better"] for seed, found in ours.items()}, EVIDENCE)  # fmt: skip
+claim("Table 8", "significantly minus negligibly better", "> 0.2", 0.26,
+      {s: f["significantly better"] - f["negligibly better"] for s, f in ours.items()}, EVIDENCE)  # fmt: skip
+for name in ("bag of words", "length"):
+    claim("Section 3.2.2", f"helpfulness reward model minus {name}, accuracy", "> 0.08", None,
+          {seed: ours[seed]["all"] - found["all"] for seed, found in table_of[name].items()}, EVIDENCE)  # fmt: skip
+
+# %% [markdown]
+# ## Two reward models (Tables 7 and 8)
+#
+# Each model is better at home: the helpfulness model on helpfulness pairs, the safety model on safety pairs. And both
+# get worse as the answers get more alike, from significantly to negligibly better.
+#
+# > Ours: criteria, written before the runs: on its own test set each model is ahead of the other by an interval above
+# > zero; at home, accuracy falls from rating to rating. The chat model, asked for A or B, has GPT-4's row.
+
+# %%
+at = {(scorer, value): {seed: accuracy(np.asarray(both[seed][scorer]["scores"][value]), tests[seed][value])
+                        for seed in runs} for scorer in values for value in values}  # fmt: skip
+asked_few = by_scale(smoke=8, laptop=600, a100=3000)
+for value in values:
+    at["chat model, A or B", value] = {
+        seed: accuracy(np.stack([chosen := choose(mini.chat(seed), words, rows), 0 * chosen]), rows)
+        for seed in runs if (rows := tests[seed][value][:asked_few])
+    }  # fmt: skip
+print(f"{'Table 7':24}" + "".join(f"{value + ' pairs':>20}" for value in values))
+for scorer in (*values, "chat model, A or B"):
+    print(f"{scorer:24}" + "".join(f"{over_seeds({s: f['all'] for s, f in at[scorer, v].items()}).value:20.1%}"
+                                   for v in values))  # fmt: skip
+for home, other in (values, values[::-1]):
+    claim("Table 7", f"{home} model minus {other} model on {home} pairs", "> 0",
+          {"helpfulness": 0.07, "safety": 0.017}[home],
+          {seed: at[home, home][seed]["all"] - at[other, home][seed]["all"] for seed in runs}, EVIDENCE)  # fmt: skip
+    steps = {seed: -np.diff([at[home, home][seed][rating] for rating in RATINGS]).max() for seed in runs}
+    claim("Table 8", f"{home} at home: smallest fall from one rating to the next", "> 0",
+          {"helpfulness": 0.062, "safety": 0.104}[home], steps, EVIDENCE)  # fmt: skip
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.3), sharey=True)
+for ax, value in zip(axes, values, strict=True):
+    for scorer, colour in zip(values, ("C0", "C1"), strict=True):
+        rates = np.array([[found[rating] for rating in RATINGS] for found in at[scorer, value].values()])
+        ax.plot(range(4), rates.mean(0), "o-", color=colour, label=f"{scorer} model")
+        ax.plot(range(4), rates.T, ".", color=colour, markersize=4, alpha=0.6)
+        name = f"{'Helpfulness' if scorer == 'helpfulness' else 'Safety'} RM on Meta "
+        row = paper.PAPER["Table 8"][name + ("Helpful" if value == "helpfulness" else "Safety")]
+        ax.plot(range(4), [row[r] / 100 for r in ("significantly", "better", "slightly", "negligibly")], "x:",
+                color=colour, alpha=0.7, label=f"{scorer} model, paper")  # fmt: skip
+    ax.axhline(0.5, color="0.7", lw=0.8, zorder=0)
+    ax.set(xticks=range(4), xticklabels=[r.replace(" better", "") for r in RATINGS], title=f"{value} pairs",
+           xlabel="how much better the chosen answer is")  # fmt: skip
+axes[0].set(ylabel="accuracy")
+axes[0].legend(fontsize=7)
+fig.suptitle("Each model is right more often at home, and on clearer pairs")
+plots.save(fig, "04_accuracy_by_rating.png")
+
+# %% [markdown]
+# ## More data, larger models (Figure 6)
+#
+# The paper trains three sizes on the data of more and more weeks. Accuracy rises with data and with size, and has not
+# levelled off.
+#
+# > Ours: 2,500 to 20,000 pairs of the helpfulness set, without the mixture, and two sizes. Criteria, written before the
+# > runs: 20,000 pairs are ahead of 2,500, and 1.3 million parameters ahead of 0.4 million on 20,000 pairs. Both sizes
+# > see the same pairs, of the larger model's answers.
+
+# %%
+amounts = by_scale(smoke=(8, 16), laptop=(2500, 5000, 10_000, 20_000), a100=(2500, 5000, 10_000, 20_000))
+sizes = by_scale(smoke=("1.3M",), laptop=("0.4M", "1.3M"), a100=("0.4M", "1.3M", "2.4M"))
+curve = {(size, n): {seed: accuracy(np.asarray(fit(seed, helpful[seed][:n], size=size)["scores"]["helpfulness"]),
+                                    tests[seed]["helpfulness"]) for seed in runs}
+         for size in sizes for n in amounts}  # fmt: skip
+least, most = amounts[0], amounts[-1]
+for (size, n), by_seed in curve.items():
+    mean = over_seeds({seed: found["all"] for seed, found in by_seed.items()})
+    print(f"{size} parameters, {n:6,} pairs: {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}]")
+claim("Figure 6", f"accuracy with {most:,} pairs minus {least:,}", "> 0", "rises from batch to batch",
+      {seed: curve["1.3M", most][seed]["all"] - curve["1.3M", least][seed]["all"] for seed in runs},
+      "figures/04_scaling.png")  # fmt: skip
+rises = {seed: np.diff([curve["1.3M", n][seed]["all"] for n in amounts]).min() for seed in runs}
+print("smallest rise from one amount to the next, by seed:", {seed: f"{rise:+.3f}" for seed, rise in rises.items()})
+if len(sizes) > 1:
+    claim("Figure 6", "accuracy of 1.3M minus 0.4M parameters, 20,000 pairs", "> 0", "larger is more accurate",
+          {seed: curve["1.3M", most][seed]["all"] - curve["0.4M", most][seed]["all"] for seed in runs},
+          "figures/04_scaling.png")  # fmt: skip
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.3))
+for ax, rating in zip(axes, ("all", "significantly better"), strict=True):
+    for size in sizes:
+        rates = np.array([[curve[size, n][seed][rating] for n in amounts] for seed in runs])
+        [line] = ax.plot(amounts, rates.mean(0), "o-", label=f"{size} parameters")
+        ax.plot(amounts, rates.T, ".", color=line.get_color(), markersize=4, alpha=0.6)
+    ax.axhline(np.mean([found[rating] for found in table_of["gold scores"].values()]), color="0.5", ls="--", lw=0.8)
+    ax.set(xscale="log", xticks=amounts, xticklabels=[f"{n:,}" for n in amounts], xlabel="pairs", ylabel="accuracy",
+           title=f"{rating} pairs" if rating == "all" else rating)  # fmt: skip
+    ax.minorticks_off()
+axes[0].legend(loc="upper left")
+fig.suptitle("More pairs and more parameters help; dashed: gold scores against the same noisy raters")
+plots.save(fig, "04_scaling.png")
+
+# %% [markdown]
+# ## The margin (Tables 27 and 28, Figure 27)
+#
+# The paper compares no margin, the small and the large one of Table 27: a margin helps a little, most of all on pairs
+# that are significantly better, and the large one pushes scores to the ends, which it calls a reason for care, since
+# PPO may not like it.
+#
+# > Ours: criteria, written before the runs: each margin's accuracy on 'significantly better' is above that without; the
+# > large margin puts a larger share of the scores, as probabilities, below 0.02 or above 0.98 than no margin.
+
+# %%
+for size, column in paper.PAPER["Table 27"].items():
+    for rating, margin in zip(RATINGS, column.values(), strict=True):
+        ledger.record("Table 27", f"{size} margin, {rating}", "preset", margin, MARGINS[size][rating],
+                      evidence="llama2lib/reward.py::MARGINS")  # fmt: skip
+recipes = {margin: replace(REWARD["mini"], margin=margin) for margin in MARGINS}
+margins = {margin: {seed: np.asarray(fit(seed, helpful[seed][:most], recipe)["scores"]["helpfulness"])
+                    for seed in runs} for margin, recipe in recipes.items()}  # fmt: skip
+right = {m: {seed: accuracy(found[seed], tests[seed]["helpfulness"]) for seed in runs} for m, found in margins.items()}
+print(f"{'Table 28':8}" + "".join(f"{rating:>22}" for rating in (*RATINGS, "all")))
+for margin, by_seed in right.items():
+    print(f"{margin:8}" + "".join(f"{np.mean([f[r] for f in by_seed.values()]):22.1%}" for r in (*RATINGS, "all")))
+probability = {m: {seed: 1 / (1 + np.exp(-found[seed])) for seed in runs} for m, found in margins.items()}
+outer = {m: {seed: np.mean((p < 0.02) | (p > 0.98)) for seed, p in found.items()} for m, found in probability.items()}
+for margin, best in (("small", 0.013), ("large", 0.016)):
+    claim("Table 28", f"{margin} margin minus none, significantly better", "> 0", best,
+          {s: right[margin][s]["significantly better"] - right["none"][s]["significantly better"] for s in runs},
+          "figures/04_margins.png")  # fmt: skip
+claim("Figure 27", "share of scores in the outermost bins, large margin minus none", "> 0",
+      "8.3 % against 1.8 % at the top",
+      {seed: outer["large"][seed] - outer["none"][seed] for seed in runs}, "figures/04_margins.png")  # fmt: skip
+
+# %%
+fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), sharey=True)
+for ax, (margin, found) in zip(axes, probability.items(), strict=True):
+    shown = np.concatenate([p.ravel() for p in found.values()])
+    ax.hist(shown, np.linspace(0, 1, 51), color="C0", weights=np.full(len(shown), 100 / len(shown)))
+    ax.set(title=f"{margin} margin", xlabel="score as a probability")
+axes[0].set(ylabel="answers (%)")
+fig.suptitle("A margin drives scores to the ends")
+plots.save(fig, "04_margins.png")
+
+# %% [markdown]
+# ## The safety model's two helpers (Table 29 and section 3.2.2)
+#
+# The auxiliary loss raises the share of unsafe answers that a score below 0.5 finds from 73.0 to 90.4 %, and accuracy
+# with it, from 63.7 to 64.5 %. And the tenth of helpfulness pairs helps above all where both answers are safe.
+#
+# > Ours: criteria, written before the runs: recall of unsafe answers is higher with the auxiliary loss, and so is
+# > accuracy; the tenth of helpfulness pairs raises accuracy on pairs whose answers are both safe.
+
+# %%
+safe_only = {seed: comparisons(seed, "safety") for seed in runs}
+helped = replace(REWARD["mini"], auxiliary=1.0)
+variants_of = {
+    "without auxiliary loss": {seed: fit(seed, mixture(seed, "safety")) for seed in runs},
+    "safety model": {seed: both[seed]["safety"] for seed in runs},
+    "without helpfulness pairs": {seed: fit(seed, safe_only[seed], helped) for seed in runs},
+}
+
+
+def safety_row(found: dict, rows: list) -> dict[str, float]:
+    "A row of Table 29: accuracy by bin, and the share of unsafe answers whose score is below one half."
+    pair_scores, labels = np.asarray(found["scores"]["safety"]), np.array([row["safety"] for row in rows])
+    right = pair_scores[0] > pair_scores[1]
+    unsafe = np.array([labels == "both_unsafe", labels != "both_safe"])
+    by_bin = {name: right[labels == name].mean() for name in SAFETY}
+    return {"all": right.mean()} | by_bin | {"unsafe recall": (pair_scores < 0)[unsafe].mean()}
+
+
+table_29 = {name: {seed: safety_row(f, tests[seed]["safety"]) for seed, f in found.items()}
+            for name, found in variants_of.items()}  # fmt: skip
+print(f"{'Table 29':26}" + "".join(f"{name:>16}" for name in next(iter(table_29["safety model"].values()))))
+for name, by_seed in table_29.items():
+    print(f"{name:26}" + "".join(f"{np.mean([row[c] for row in by_seed.values()]):16.1%}" for c in by_seed[runs[0]]))
+LINE = "chapters/04_reward_model.py::table_29"
+for column, printed_gain in (("unsafe recall", 0.174), ("all", 0.008)):
+    claim("Table 29", f"auxiliary loss minus none: {column}", "> 0", printed_gain,
+          {s: table_29["safety model"][s][column] - table_29["without auxiliary loss"][s][column] for s in runs},
+          LINE)  # fmt: skip
+claim("Section 3.2.2", "a tenth of helpfulness pairs minus none: accuracy where both are safe", "> 0", "beneficial",
+      {s: table_29["safety model"][s]["both_safe"] - table_29["without helpfulness pairs"][s]["both_safe"]
+       for s in runs}, LINE)  # fmt: skip
+
+# %% [markdown]
+# ## Do scores mean something alone? (Figure 29)
+#
+# A reward model is trained on differences, but used on single answers. The paper asks three people for the quality of
+# answers, from 1 to 7, and finds the mean score rising with the median of their marks, with a wide spread.
+#
+# > Ours: the gold score of the test answers, cut into seven equal steps. Criterion, written before the runs: the mean
+# > score is higher in the top step than in the bottom one, and its rank correlation with the step is 0.9.
+
+# %%
+marks = {value: {} for value in values}
+for value in values:
+    for seed in runs:
+        gold = np.minimum((gold_scores(value, tests[seed][value]) * 7).astype(int), 6) + 1
+        probabilities = 1 / (1 + np.exp(-np.asarray(both[seed][value]["scores"][value])))
+        seen = [m for m in range(1, 8) if (gold == m).sum() >= by_scale(smoke=1, laptop=20, a100=20)]
+        marks[value][seed] = {m: (probabilities[gold == m].mean(), probabilities[gold == m].std()) for m in seen}
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.3), sharey=True)
+for ax, (value, by_seed) in zip(axes, marks.items(), strict=True):
+    for seed, found in by_seed.items():
+        ax.errorbar([m + 0.12 * (seed - 1) for m in found], [mean for mean, _ in found.values()],
+                    [sd for _, sd in found.values()], fmt="o-", markersize=4, lw=1, label=f"seed {seed}")  # fmt: skip
+    theirs = paper.PAPER["Figure 29"]["Helpfulness RM" if value == "helpfulness" else "Safety RM"]
+    ax.plot([int(m) for m in theirs], list(theirs.values()), "x:", color="0.4", label="paper")
+    ax.set(xlabel="quality, 1 to 7", title=f"{value} model")
+axes[0].set(ylabel="score as a probability (mean ± sd)")
+axes[0].legend(fontsize=7)
+fig.suptitle("The mean score rises with quality; single scores scatter")
+plots.save(fig, "04_calibration.png")
+for value, by_seed in marks.items():
+    rank = {seed: spearmanr(list(found), [mean for mean, _ in found.values()]).statistic
+            for seed, found in by_seed.items()}  # fmt: skip
+    claim("Figure 29", f"{value}: rank correlation of quality and mean score", "> 0.9", 1.0, rank,
+          "figures/04_calibration.png")  # fmt: skip

@@ -1,6 +1,12 @@
 """Generated from chapters/04_reward_model.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
+    "Preference",
+    "SAFETY",
+    "check_preference",
+    "read_preferences",
+    "write_preferences",
+    "records",
     "ROLES",
     "transcript",
     "comparison",
@@ -17,12 +23,118 @@ __all__ = [
     "read_public",
     "Statistics",
     "statistics",
-    "Variant",
+    "Answerer",
+    "sampler",
     "two_answers",
     "collect",
     "helpfulness_mix",
     "safety_mix",
 ]
+
+
+# ---------- chapters/04_reward_model.py · A comparison
+
+import gzip
+import itertools
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+
+from llama2lib.chat import Reply, respond
+from llama2lib.dialog import Message, check_dialog
+from llama2lib.judge import RATINGS, SAFE, judge, rate
+from llama2lib.model import Llama
+from llama2lib.recipes import write_atomic
+from llama2lib.tokenizer import Tokenizer
+
+
+class Preference(TypedDict):
+    "A comparison: `messages` end with the user; `chosen` and `rejected` are answers to them."
+
+    messages: list[Message]
+    chosen: str
+    rejected: str
+    rating: str | None  # one of judge.RATINGS; None: not asked
+    safety: str | None  # one of SAFETY; None: not asked
+    source: str  # where it comes from, such as a data set or a batch
+
+
+SAFETY = ("chosen_safe", "both_safe", "both_unsafe")
+
+
+def check_preference(row: Preference):
+    "ValueError, naming the field, for a row that is no comparison."
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected an object with the fields of a comparison, found {row!r:.60}")
+    if missing := [name for name in Preference.__annotations__ if name not in row]:
+        raise ValueError(f"the field '{missing[0]}' is missing; expected {', '.join(Preference.__annotations__)}")
+    if not isinstance(row["messages"], list) or not row["messages"]:
+        raise ValueError(f"messages: expected a list of messages, found {row['messages']!r:.60}")
+    for name in ("chosen", "rejected"):
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"{name}: expected the text of an answer, found {row[name]!r:.60}")
+    for name, last in (("messages", None), ("chosen", row["chosen"]), ("rejected", row["rejected"])):
+        try:
+            check_dialog(row["messages"] + ([{"role": "assistant", "content": last}] if last else []))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if row["messages"][-1]["role"] != "user":
+            raise ValueError(f"messages: the {row['messages'][-1]['role']}'s comes last; expected the user's")
+    if row["chosen"].strip() == row["rejected"].strip():
+        raise ValueError(f"chosen and rejected are equal, {row['chosen']!r:.60}; expected two answers")
+    for name, known in (("rating", RATINGS), ("safety", SAFETY)):
+        if row[name] is not None and row[name] not in known:
+            raise ValueError(f"{name}: {row[name]!r:.60} is unknown; expected null or one of {', '.join(known)}")
+    if not isinstance(row["source"], str):
+        raise ValueError(f"source: expected a string, found {row['source']!r:.60}")
+
+
+def read_preferences(path: str | os.PathLike) -> list[Preference]:
+    "The comparisons of a JSONL file. ValueError with file, line and field for a row that is none, or without any row."
+    rows = []
+    for number, row in records(path):
+        try:
+            check_preference(row)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no comparisons; expected a JSON object a line")
+    return rows
+
+
+def write_preferences(path: str | os.PathLike, rows: Iterable[Preference]):
+    "Write comparisons as JSONL, all or nothing. ValueError, naming row and field, for one that is none."
+    lines = []
+    for number, row in enumerate(rows):
+        try:
+            check_preference(row)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines))
+
+
+def records(path: str | os.PathLike) -> Iterator[tuple[int, object]]:
+    "The numbered records of a JSON list or of JSON lines, from 1, gzipped or not. ValueError with file and line."
+    opened = gzip.open if str(path).endswith(".gz") else open
+    with opened(path, "rb") as file:
+        number = 0
+        try:
+            if re.search(r"\.json(\.gz)?$", str(path)):
+                yield from enumerate(json.load(file), 1)
+                return
+            for number, line in enumerate(file, 1):
+                yield number, json.loads(line.decode())
+        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}:{number}: not JSON ({error})") from None
 
 
 # ---------- chapters/04_reward_model.py · Public comparisons
@@ -138,9 +250,9 @@ def read_public(name: str, path: str | os.PathLike | None = None, split: str = "
     else:
         found = records(path)
     rows, left_out, number = [], Counter(), 0
-    for number, record in found:
+    for number, raw in found:
         try:
-            rows.append(reader(record))
+            rows.append(reader(raw))
         except ValueError as error:
             left_out[re.sub(r"\d+|'.*'", "…", str(error))] += 1
         except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -180,53 +292,50 @@ def statistics(rows: Sequence[Preference], tokenizer: Tokenizer) -> Statistics:
 
 # ---------- chapters/04_reward_model.py · Collecting comparisons
 
-class Variant(NamedTuple):
-    "A model that answers, and the temperatures it may do so at."
+Answerer = Callable[[Sequence[list[Message]], int], list[Reply]]  # dialogs and a seed → an answer to each
 
-    model: Llama
-    temperatures: Sequence[float] = (0.7, 1.0, 1.3)
+
+def sampler(model: Llama, tokenizer: Tokenizer, temperature: float, max_new_tokens: int = 64) -> Answerer:
+    "A model at a temperature, as a function of dialogs and a seed."
+    return lambda dialogs, seed: respond(model, tokenizer, dialogs, max_new_tokens, temperature, seed=seed)
 
 
 def two_answers(
-    variants: Sequence[Variant], tokenizer: Tokenizer, dialogs: Sequence[list[Message]], seed: int, max_new_tokens: int
-) -> list[list]:
-    "For each dialog, answers of two variants (of one variant, if there is one) at temperatures drawn at random."
+    variants: Sequence[Sequence[Answerer]], dialogs: Sequence[list[Message]], seed: int
+) -> list[list[Reply]]:
+    """For each dialog, an answer of two variants of the model, drawn at random in random order; of one if it is alone.
+
+    A variant is the ways in which it may answer, such as temperatures; one of them is drawn for each answer.
+    """
     random = np.random.default_rng([7, seed])
     order = random.permuted(np.tile(np.arange(len(variants)), (len(dialogs), 1)), axis=1)
     order = np.pad(order, ((0, 0), (0, 1)), mode="edge")[:, :2]
-    answers = [[None, None] for _ in dialogs]
-    places: dict[tuple, list] = {}
+    places: dict[tuple[int, int, int], list[int]] = {}
     for dialog, side in itertools.product(range(len(dialogs)), (0, 1)):
         variant = order[dialog, side]
-        temperature = variants[variant].temperatures[random.integers(len(variants[variant].temperatures))]
-        places.setdefault((side, variant, temperature), []).append(dialog)
-    for number, ((side, variant, temperature), these) in enumerate(sorted(places.items())):
-        asked, sampled = [dialogs[i] for i in these], seed * 1000 + number
-        replies = respond(variants[variant].model, tokenizer, asked, max_new_tokens, temperature, seed=sampled)
+        places.setdefault((side, variant, random.integers(len(variants[variant]))), []).append(dialog)
+    answers = [[None, None] for _ in dialogs]
+    for number, ((side, variant, way), these) in enumerate(sorted(places.items())):
+        replies = variants[variant][way]([dialogs[i] for i in these], seed * 1000 + number)
         for i, reply in zip(these, replies, strict=True):
             answers[i][side] = reply
     return answers
 
 
 def collect(
-    variants: Sequence[Variant],
-    tokenizer: Tokenizer,
-    dialogs: Sequence[list[Message]],
-    value: str,
-    seed: int,
-    source: str,
-    max_new_tokens: int = 64,
+    variants: Sequence[Sequence[Answerer]], dialogs: Sequence[list[Message]], value: str, seed: int, source: str
 ) -> tuple[list[Preference], Counter]:
     """A batch of comparisons by simulated raters (section 3.2.1), and why how many pairs were not used.
 
-    dialogs: of the mini world, each ends with a user message. value: 'helpfulness' or 'safety', what the raters look
-    at; safety fills the field of that name. ValueError for another value, or a dialog that the judge cannot read.
+    variants: see `two_answers`. dialogs: of the mini world, each ends with a user message. value: 'helpfulness' or
+    'safety', what the raters look at; safety fills the field of that name. ValueError for another value, or a dialog
+    that the judge cannot read.
     """
     if value not in ("helpfulness", "safety"):
         raise ValueError(f"value {value!r}: expected 'helpfulness' or 'safety'")
     rows, unused = [], Counter()
-    pairs = two_answers(variants, tokenizer, dialogs, seed, max_new_tokens)
-    for number, (messages, replies) in enumerate(zip(dialogs, pairs, strict=True)):
+    pairs = zip(dialogs, two_answers(variants, dialogs, seed), strict=True)
+    for number, (messages, replies) in enumerate(pairs):
         texts = [reply.text.strip() for reply in replies]
         if not all(reply.finished for reply in replies):
             unused["cut off"] += 1
@@ -241,9 +350,9 @@ def collect(
             if value == "safety" and other_safe and not safe:
                 unused["unsafe chosen"] += 1
                 continue
-            row = {"messages": messages, "chosen": texts[preferred], "rejected": texts[1 - preferred], "rating": rating}
-            bin = SAFETY[0 if safe and not other_safe else 1 if safe else 2] if value == "safety" else None
-            rows.append(row | {"safety": bin, "source": source})
+            row = {"messages": messages, "chosen": texts[preferred], "rejected": texts[1 - preferred]}
+            label = SAFETY[0 if safe and not other_safe else 1 if safe else 2] if value == "safety" else None
+            rows.append(row | {"rating": rating, "safety": label, "source": source})
     return rows, unused
 
 
