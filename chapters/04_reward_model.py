@@ -26,7 +26,7 @@ from llama2lib import ledger, mini, paper, plots
 from llama2lib.dialog import encode_dialog
 from llama2lib.judge import RATINGS, judge, scores
 from llama2lib.recipes import by_scale, cached, data_file, seeds
-from llama2lib.stats import paired_interval
+from llama2lib.stats import gwet_ac1, paired_interval
 from llama2lib.tokenizer import Tokenizer
 
 plt.rcParams.update(plots.STYLE)
@@ -54,6 +54,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -300,6 +301,44 @@ def read_public(name: str, path: str | os.PathLike | None = None, split: str = "
         reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.most_common())
         warnings.warn(f"{name}: {left_out.total():,} of {number:,} records left out ({reasons})", stacklevel=2)
     return rows
+
+# %% [markdown]
+# One real set comes with the packages of this project: 7,168 conversations of volunteers (chapter 02), most of which
+# the two rated as witty, upbeat and interesting, from 1 to 10 each. Many begin with the same words.
+#
+# > Ours: two conversations with the same opening whose summed ratings are at least 6 apart make a comparison; the rest
+# > of the conversation is the 'answer'.
+
+
+# %%
+#| export
+def rated_conversations(gap: int = 6, words: int = 120, seed: int = 0) -> list[Preference]:
+    """Comparisons from the package chitchat-dataset: two conversations with one opening, the better rated one chosen.
+
+    gap: least difference of the summed ratings (3 to 30); words: of a conversation's rest, from its beginning. Each
+    conversation is in one comparison at most.
+    """
+    text = resources.files("chitchat_dataset").joinpath("dataset.json").read_text("utf-8")
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for conversation in json.loads(text).values():
+        turns = [" ".join(message["text"] for message in turn).strip() for turn in conversation["messages"]]
+        rated = sum((conversation.get("ratings") or {}).values())
+        if len(turns) > 1 and turns[0] and rated:
+            rest = " ".join("\n".join(turns[1:]).split(" ")[:words]).strip()
+            groups.setdefault(turns[0].lower(), []).append((rated, rest))
+    rows, random = [], np.random.default_rng(seed)
+    for opening, found in sorted(groups.items()):
+        found = [found[i] for i in random.permutation(len(found))]
+        for (rating, first), (other, second) in zip(found[::2], found[1::2], strict=False):
+            if abs(rating - other) >= gap and first != second and first and second:
+                rows.append(comparison(opening, [first, second], better(rating, other), "chitchat"))
+    return rows
+
+
+# %%
+chats = rated_conversations()
+longer = np.mean([len(row["chosen"]) > len(row["rejected"]) for row in chats])
+print(f"{len(chats)} comparisons of conversations; the better rated one is longer in {longer:.0%}")
 
 # %% [markdown]
 # ### Tables 6 and 26: how long are they?
@@ -1026,6 +1065,7 @@ from llama2lib.synthetic import HELPFUL, MIXED, answer, dialogues, pick
 ASKED = {"helpfulness": HELPFUL, "safety": {"adversarial": 1.0}}  # what annotators of either kind ask
 BRIEF = {"full": 0.3, "terse": 0.35, "repetitive": 0.35}  # answers that the second variant learned from
 TEMPERATURES = (0.6, 0.8, 1.0)
+TURNS = (0.85, 0.1, 0.05)  # shares of conversations with one, two and three questions
 TRAIN = by_scale(
     smoke={"helpfulness": 32, "safety": 16}, laptop={"helpfulness": 20_000, "safety": 8_000},
     a100={"helpfulness": 20_000, "safety": 8_000},
@@ -1055,7 +1095,8 @@ def collected(inputs: dict) -> dict:
     "Comparisons, and why how many were not used; `inputs`: seed, value, split, pairs."
     seed, value, split, pairs = (inputs[name] for name in ("seed", "value", "split", "pairs"))
     random = np.random.default_rng([6, seed, split == "test"])
-    asked = [messages[:-1] for messages in dialogues(random, pairs + pairs // 10 + 8, split, ASKED[value])]
+    drawn = dialogues(random, pairs + pairs // 10 + 8, split, ASKED[value], turns=TURNS)
+    asked = [messages[:-1] for messages in drawn]
     rows, unused = collect(variants(seed), asked, value, 2 * seed + (split == "test"), f"{value}, seed {seed}")
     return {"rows": rows[:pairs], "unused": dict(unused)}
 
@@ -1425,3 +1466,107 @@ for value, by_seed in marks.items():
             for seed, found in by_seed.items()}  # fmt: skip
     claim("Figure 29", f"{value}: rank correlation of quality and mean score", "> 0.9", 1.0, rank,
           "figures/04_calibration.png")  # fmt: skip
+
+# %% [markdown]
+# ## The same on many GPUs
+#
+# One process and two: equal loss curves. Then the commands for the paper's sizes.
+
+# %%
+import json
+import os
+import shutil
+
+from llama2lib.checkpoint import save_checkpoint
+from llama2lib.launch import launch
+from llama2lib.recipes import ROOT, cache_folder, scale
+
+place = Path(os.path.relpath(cache_folder() / "reward" / scale(), ROOT))
+os.chdir(ROOT)  # so that the commands below are those of a shell at the root of the repository
+shutil.rmtree(place, ignore_errors=True)
+save_checkpoint(mini.chat(runs[0]), place / "chat", words)
+write_preferences(place / "pairs.jsonl", helpful[runs[0]][: by_scale(smoke=30, laptop=200, a100=200)])
+options = ["--model", place / "chat", "--data", place / "pairs.jsonl", "--batch-pairs", 25]
+for nproc, out in ((1, "one"), (2, "two")):
+    launch("llama2lib.reward", "mini", *options, "--out", place / out, nproc=nproc)
+logs = [[json.loads(line)["loss"] for line in (place / out / "log.jsonl").open()] for out in ("one", "two")]
+difference = np.abs(np.subtract(*logs) / logs[0]).max()
+print(f"{len(logs[0])} steps; largest relative difference of the two loss curves: {difference:.0e}")
+assert difference < 1e-5
+
+# %%
+options = ["--model", "Llama-2-7b-chat", "--data", "preferences.jsonl", "--out", "runs/7B-helpfulness"]
+launch("llama2lib.reward", "paper", *options, nproc=8, gpus=True)
+options = ["--model", "/shared/Llama-2-70b-chat", "--data", "/shared/safety.jsonl", "--out", "/shared/runs/70B-safety"]
+_ = launch("llama2lib.reward", "paper-70B", *options, "--auxiliary", 1, nproc=8, nnodes=8, gpus=True)
+
+# %% [markdown]
+# ## Comparisons of people
+#
+# The same code on comparisons that people made, or GPT-4 in AlpacaEval's. Before any model: how long are they, and how
+# often is the longer answer the preferred one? PandaLM's pairs have three annotators each, whose agreement can be
+# measured.
+
+# %%
+FILES = {
+    "HH harmless": ("harmless", "hh-rlhf/harmless-base-test.half-a.jsonl.gz"),
+    "PandaLM": ("pandalm", "pandalm/testset-v1.half-a.json"),
+    "AlpacaEval, Llama-2-7b-chat": ("alpaca_eval", "alpaca_eval/llama-2-7b-chat-hf_vs_text_davinci_003.gpt4.json.gz"),
+    "AlpacaEval, Llama-2-70b-chat": ("alpaca_eval", "alpaca_eval/llama-2-70b-chat-hf_vs_text_davinci_003.gpt4.json.gz"),
+}
+people = {"rated conversations": chats}
+for name, (reader, file) in FILES.items():
+    if path := data_file(file):
+        people[name] = read_public(reader, path)
+    else:
+        print(f"{name}: not here; set LLAMA2_DATA to a folder with {file}")
+table({name: statistics(rows, Tokenizer(pieces) if pieces else words) for name, rows in people.items()})
+for name, rows in people.items():
+    longer = np.mean([len(row["chosen"]) > len(row["rejected"]) for row in rows])
+    print(f"{name}: the preferred answer is the longer one in {longer:.0%} of {len(rows):,}")
+if path := data_file(FILES["PandaLM"][1]):
+    marks_of = [[record[f"annotator{i}"] for i in (1, 2, 3)] for _, record in records(path)]
+    agreement = gwet_ac1(marks_of, categories=(0, 1, 2))
+    print(f"PandaLM's annotators: Gwet's AC1 {agreement.value:.2f} [{agreement.low:.2f}, {agreement.high:.2f}]")
+
+# %% [markdown]
+# How far do a thousand pairs and a million parameters go? A reward model is trained on three quarters of a set, from
+# the mini chat model, which has never read such English, and tested on the rest. Length alone is the baseline.
+
+
+# %%
+def learned(inputs: dict) -> dict:
+    "Scores of the last quarter of the pairs by a reward model trained on the rest."
+    rows, words = inputs["rows"], mini.tokenizer()
+    cut = 3 * len(rows) // 4
+    model = RewardModel.of(mini.chat(inputs["seed"]))
+    pairs = [encode_pair(words, row, "none", 512) for row in rows[:cut]]
+    for _ in train_reward(model, pairs, replace(inputs["recipe"], seed=inputs["seed"])):
+        pass
+    return {"scores": score_pairs(model, words, rows[cut:])}
+
+
+def fits(row) -> bool:
+    "Whether a comparison fits into the mini model's context."
+    return max(len(encode_dialog(words, [*row["messages"], {"role": "assistant", "content": row[name]}])[0])
+               for name in ("chosen", "rejected")) <= 512  # fmt: skip
+
+
+for name in ("HH harmless", "rated conversations"):
+    if name not in people:
+        continue
+    rows = [row for row in people[name] if fits(row)][: by_scale(smoke=16, laptop=2000, a100=2000)]
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    test = rows[3 * len(rows) // 4 :]
+    recipe = replace(REWARD["mini"], margin="none", epochs=2, batch_pairs=16)
+    inputs = [{"rows": rows, "seed": seed, "recipe": recipe} for seed in runs]
+    found = [np.asarray(cached(f"mini-real-seed{i['seed']}", i, learned)["scores"]) for i in inputs]
+    right = np.array([(s[0] > s[1]) for s in found], float)
+    mean = paired_interval(right, np.zeros_like(right))
+    long = by_length(rows[: 3 * len(rows) // 4], test)
+    sizes_of = np.array([[len(words.encode(row[side])) for row in test] for side in ("chosen", "rejected")])
+    follows = np.mean([spearmanr(s.ravel(), sizes_of.ravel()).statistic for s in found])
+    print(f"{name}: {len(rows) - len(test)} pairs to learn from, {len(test)} to test, "
+          f"{len(people[name]) - len(rows)} too long")  # fmt: skip
+    print(f"    accuracy {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], by length alone "
+          f"{accuracy(long, test)['all']:.1%}; rank correlation of score and length {follows:.2f}")  # fmt: skip

@@ -4,6 +4,7 @@ __all__ = [
     "ASKED",
     "BRIEF",
     "TEMPERATURES",
+    "TURNS",
     "TRAIN",
     "TEST",
     "written",
@@ -38,6 +39,7 @@ from llama2lib.synthetic import HELPFUL, MIXED, answer, dialogues, pick
 ASKED = {"helpfulness": HELPFUL, "safety": {"adversarial": 1.0}}  # what annotators of either kind ask
 BRIEF = {"full": 0.3, "terse": 0.35, "repetitive": 0.35}  # answers that the second variant learned from
 TEMPERATURES = (0.6, 0.8, 1.0)
+TURNS = (0.85, 0.1, 0.05)  # shares of conversations with one, two and three questions
 TRAIN = by_scale(
     smoke={"helpfulness": 32, "safety": 16}, laptop={"helpfulness": 20_000, "safety": 8_000},
     a100={"helpfulness": 20_000, "safety": 8_000},
@@ -67,7 +69,8 @@ def collected(inputs: dict) -> dict:
     "Comparisons, and why how many were not used; `inputs`: seed, value, split, pairs."
     seed, value, split, pairs = (inputs[name] for name in ("seed", "value", "split", "pairs"))
     random = np.random.default_rng([6, seed, split == "test"])
-    asked = [messages[:-1] for messages in dialogues(random, pairs + pairs // 10 + 8, split, ASKED[value])]
+    drawn = dialogues(random, pairs + pairs // 10 + 8, split, ASKED[value], turns=TURNS)
+    asked = [messages[:-1] for messages in drawn]
     rows, unused = collect(variants(seed), asked, value, 2 * seed + (split == "test"), f"{value}, seed {seed}")
     return {"rows": rows[:pairs], "unused": dict(unused)}
 

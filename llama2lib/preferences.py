@@ -21,6 +21,7 @@ __all__ = [
     "from_alpaca_eval",
     "READERS",
     "read_public",
+    "rated_conversations",
     "Statistics",
     "statistics",
     "Answerer",
@@ -42,6 +43,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -261,6 +263,28 @@ def read_public(name: str, path: str | os.PathLike | None = None, split: str = "
     if left_out:
         reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.most_common())
         warnings.warn(f"{name}: {left_out.total():,} of {number:,} records left out ({reasons})", stacklevel=2)
+    return rows
+
+def rated_conversations(gap: int = 6, words: int = 120, seed: int = 0) -> list[Preference]:
+    """Comparisons from the package chitchat-dataset: two conversations with one opening, the better rated one chosen.
+
+    gap: least difference of the summed ratings (3 to 30); words: of a conversation's rest, from its beginning. Each
+    conversation is in one comparison at most.
+    """
+    text = resources.files("chitchat_dataset").joinpath("dataset.json").read_text("utf-8")
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for conversation in json.loads(text).values():
+        turns = [" ".join(message["text"] for message in turn).strip() for turn in conversation["messages"]]
+        rated = sum((conversation.get("ratings") or {}).values())
+        if len(turns) > 1 and turns[0] and rated:
+            rest = " ".join("\n".join(turns[1:]).split(" ")[:words]).strip()
+            groups.setdefault(turns[0].lower(), []).append((rated, rest))
+    rows, random = [], np.random.default_rng(seed)
+    for opening, found in sorted(groups.items()):
+        found = [found[i] for i in random.permutation(len(found))]
+        for (rating, first), (other, second) in zip(found[::2], found[1::2], strict=False):
+            if abs(rating - other) >= gap and first != second and first and second:
+                rows.append(comparison(opening, [first, second], better(rating, other), "chitchat"))
     return rows
 
 
