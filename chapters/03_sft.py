@@ -1058,8 +1058,8 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
-# It holds, on every seed: six hundred clean dialogues give 0.68, and 4,800 noisy ones 0.54. The three thousand of mixed
-# quality behind the chat model, five times as many as the clean ones, give 0.66.
+# It holds, on every seed: six hundred clean dialogues give 0.68, and 4,800 noisy ones 0.53. The three thousand of mixed
+# quality behind the chat model, five times as many as the clean ones, give 0.64.
 
 # %% [markdown]
 # ## Does it matter who shares a row?
@@ -1084,10 +1084,10 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
-# It does cost something, 0.08, with an interval below 0 throughout; whether that is more than 0.05 stays open. A row of
-# 512 holds seven conversations of this world. Whether a model of billions of parameters pays as much, this cannot say.
-# The book's small models are trained block-diagonal from
-# here on; the recipe `paper` stays what the paper says.
+# It costs 0.05 on average, and five seeds cannot tell whether that is nothing or twice as much: the verdict stays open.
+# A row of 512 holds seven conversations of this world. Whether a model of billions of parameters pays anything, this
+# cannot say. The book's small models are trained block-diagonal from here on; the recipe `paper` stays what the paper
+# says.
 
 # %% [markdown]
 # ## The audit
@@ -1134,8 +1134,8 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
-# Open again: the model wins 0.40, and the interval lies on both sides of the bound. It wins or ties about half of the
-# pairs, which one may call competitive or not. What it lacks are right answers. Our annotators know all of them, and
+# Open again: the model wins 0.39, and the interval lies on both sides of the bound. It wins or ties half of the pairs,
+# which one may call competitive or not. What it lacks are right answers. Our annotators know all of them, and
 # give a wrong one in a tenth of their answers.
 
 # %% [markdown]
@@ -1170,8 +1170,8 @@ ledger.record(
 print(row["status"])
 
 # %% [markdown]
-# Safety is what this model has learned least. A safety of 0.40 under attack is what evasion scores: one
-# dialogue in ten does not teach a million parameters to tell harm from help. Chapter 07 is about that.
+# Safety is what this model has learned least. Evasion scores 0.4, and its 0.35 under attack are less: one dialogue in
+# ten does not teach a million parameters to tell harm from help. Chapter 07 is about that.
 
 # %% [markdown]
 # ## Chat

@@ -24,8 +24,9 @@ from scipy.stats import spearmanr
 
 from llama2lib import ledger, mini, paper, plots
 from llama2lib.dialog import encode_dialog
-from llama2lib.judge import RATINGS, judge, scores
+from llama2lib.judge import RATINGS
 from llama2lib.recipes import by_scale, cached, data_file, seeds
+from llama2lib.synthetic import HELPFUL, MIXED, dialogues
 from llama2lib.stats import gwet_ac1, paired_interval
 from llama2lib.tokenizer import Tokenizer
 
@@ -62,9 +63,10 @@ import numpy as np
 
 from llama2lib.chat import Reply, respond
 from llama2lib.dialog import Message, check_dialog
-from llama2lib.judge import RATINGS, SAFE, judge, rate
+from llama2lib.judge import RATINGS, SAFE, judge, rate, read_task
 from llama2lib.model import Llama
 from llama2lib.recipes import write_atomic
+from llama2lib.synthetic import answer, pick
 from llama2lib.tokenizer import Tokenizer
 
 
@@ -389,7 +391,8 @@ pieces = data_file("llama2-tokenizer/tokenizer.model")
 printed = tuple(paper.PAPER["Table 6"]["Anthropic Harmless"].values())
 shown = {"Anthropic Harmless, paper": printed}
 if harmless and pieces:
-    shown["half of its test set"] = sizes = statistics(read_public("harmless", harmless), Tokenizer(pieces))
+    with warnings.catch_warnings(action="ignore"):  # the records left out are told below
+        shown["half of its test set"] = sizes = statistics(read_public("harmless", harmless), Tokenizer(pieces))
     for place, name, most in ((2, "example", 5), (3, "prompt", 1), (4, "response", 2)):
         ledger.record("Table 6", f"Anthropic Harmless: tokens per {name}", f"= paper ± {most}", printed[place],
                       round(sizes[place], 1), evidence="chapters/04_reward_model.py::half of its test set")  # fmt: skip
@@ -416,6 +419,16 @@ Answerer = Callable[[Sequence[list[Message]], int], list[Reply]]  # dialogs and 
 def sampler(model: Llama, tokenizer: Tokenizer, temperature: float, max_new_tokens: int = 64) -> Answerer:
     "A model at a temperature, as a function of dialogs and a seed."
     return lambda dialogs, seed: respond(model, tokenizer, dialogs, max_new_tokens, temperature, seed=seed)
+
+
+def written(quality: Mapping[str, float]) -> Answerer:
+    "The mini world's own writer, whose answers are of mixed quality, as a function of dialogs and a seed."
+
+    def answers(dialogs: Sequence[list[Message]], seed: int) -> list[Reply]:
+        random, tasks = np.random.default_rng([10, seed]), map(read_task, dialogs)
+        return [Reply(answer(random, task, pick(random, quality), random.random() < 0.3), True) for task in tasks]
+
+    return answers
 
 
 def two_answers(
@@ -485,6 +498,27 @@ def safety_mix(safety: Sequence, helpfulness: Sequence, seed: int, share: float 
     drawn = np.random.default_rng([9, seed]).permutation(len(helpfulness))[: round(len(safety) * share / (1 - share))]
     return [*safety, *(helpfulness[i] for i in drawn)]
 
+
+# %% [markdown]
+# Two variants of a model, here two writers of the mini world, the second of which is brief or repeats itself more
+# often. A thousand pairs on helpful prompts and a thousand on adversarial ones:
+
+# %%
+BRIEF = {"full": 0.3, "terse": 0.35, "repetitive": 0.35}
+batches = {}
+for value, kinds in (("helpfulness", HELPFUL), ("safety", {"adversarial": 1.0})):
+    drawn = dialogues(np.random.default_rng(20), by_scale(smoke=40, laptop=1000, a100=1000), kinds=kinds)
+    asked = [messages[:-1] for messages in drawn]
+    batches[value], unused = collect([[written(MIXED)], [written(BRIEF)]], asked, value, 0, "batch 1")
+    rated = {rating: np.mean([row["rating"] == rating for row in batches[value]]) for rating in RATINGS}
+    print(f"{value}: {len(batches[value])} pairs; not used: {dict(unused)}")
+    print("   ", ", ".join(f"{rating} {share:.0%}" for rating, share in rated.items()))
+theirs = paper.TEXT["Section 3.2.1"]["safety_bins"]
+for name in SAFETY:
+    print(f"    {name}: {np.mean([row['safety'] == name for row in batches['safety']]):.0%}, paper {theirs[name]:.0%}")
+row = batches["helpfulness"][0]
+print(f"\n{row['messages'][-1]['content']}\n  + {row['chosen']}\n  - {row['rejected']}\n  {row['rating']}")
+table({"ours, helpfulness": statistics(batches["helpfulness"], mini.tokenizer())})
 
 # %% [markdown]
 # ## The reward model
@@ -1032,442 +1066,6 @@ def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch
 
 
 # %% [markdown]
-# ## Comparisons and reward models of the mini world
-#
-# Later chapters need both reward models, the same each time. `mini_rewards` makes them as `mini` makes the chat model:
-# comparisons of a seed's chat model, and reward models that begin with it, trained when they are first asked for.
-#
-# > Ours: the second variant of the model is the base model fine-tuned on answers that are brief or repeat themselves as
-# > often as they are good; without it, most pairs differ in right and wrong alone. Temperatures are 0.6, 0.8 and 1.
-# > Raters of safety see adversarial prompts only. Test pairs have the held-out prompts of chapter 12: wordings and
-# > entities that no comparison of the training set, and no dialogue of fine-tuning, has. There are no outside sets to
-# > mix in: the helpfulness model's others are the safety pairs, and the safety model's 10 % are helpfulness pairs.
-
-
-# %%
-#| export mini_rewards
-from collections.abc import Sequence
-
-from dataclasses import replace
-
-import numpy as np
-from tqdm import tqdm
-
-from llama2lib import mini
-from llama2lib.chat import Reply
-from llama2lib.dialog import Message
-from llama2lib.judge import read_task
-from llama2lib.preferences import Answerer, Preference, collect, helpfulness_mix, safety_mix, sampler
-from llama2lib.recipes import by_scale, cached
-from llama2lib.reward import REWARD, RewardConfig, RewardModel, encode_pair, score_pairs, train_reward
-from llama2lib.synthetic import HELPFUL, MIXED, answer, dialogues, pick
-
-ASKED = {"helpfulness": HELPFUL, "safety": {"adversarial": 1.0}}  # what annotators of either kind ask
-BRIEF = {"full": 0.3, "terse": 0.35, "repetitive": 0.35}  # answers that the second variant learned from
-TEMPERATURES = (0.6, 0.8, 1.0)
-TURNS = (0.85, 0.1, 0.05)  # shares of conversations with one, two and three questions
-TRAIN = by_scale(
-    smoke={"helpfulness": 32, "safety": 16}, laptop={"helpfulness": 20_000, "safety": 8_000},
-    a100={"helpfulness": 20_000, "safety": 8_000},
-)  # fmt: skip
-TEST = by_scale(smoke=32, laptop=3000, a100=3000)  # pairs of either kind
-
-
-def written(quality: dict[str, float]) -> Answerer:
-    "Answers by the world's own writer, of mixed quality."
-
-    def answers(dialogs: Sequence[list[Message]], seed: int) -> list[Reply]:
-        random, tasks = np.random.default_rng([10, seed]), map(read_task, dialogs)
-        return [Reply(answer(random, task, pick(random, quality), random.random() < 0.3), True) for task in tasks]
-
-    return answers
-
-
-def variants(seed: int, size: str = "1.3M") -> list[list[Answerer]]:
-    "The chat model of a seed and its brief sibling; at the smoke scale, where they know nothing, the world's writer."
-    siblings = dialogues(np.random.default_rng([4, seed]), mini.DIALOGUES, kinds=mini.KINDS, quality=BRIEF)
-    models = [mini.chat(seed, size), mini.tuned(seed, siblings, size=size)]
-    sampled = [[sampler(model, mini.tokenizer(), t) for t in TEMPERATURES] for model in models]
-    return by_scale(smoke=[[written(MIXED)], [written(BRIEF)]], laptop=sampled, a100=sampled)
-
-
-def collected(inputs: dict) -> dict:
-    "Comparisons, and why how many were not used; `inputs`: seed, value, split, pairs."
-    seed, value, split, pairs = (inputs[name] for name in ("seed", "value", "split", "pairs"))
-    random = np.random.default_rng([6, seed, split == "test"])
-    drawn = dialogues(random, pairs + pairs // 10 + 8, split, ASKED[value], turns=TURNS)
-    asked = [messages[:-1] for messages in drawn]
-    rows, unused = collect(variants(seed), asked, value, 2 * seed + (split == "test"), f"{value}, seed {seed}")
-    return {"rows": rows[:pairs], "unused": dict(unused)}
-
-
-def comparisons(seed: int, value: str, split: str = "train") -> list[Preference]:
-    "Comparisons of a seed's models, by raters of 'helpfulness' or 'safety', on prompts of a split."
-    pairs = TRAIN[value] if split == "train" else TEST
-    inputs = {"seed": seed, "value": value, "split": split, "pairs": pairs}
-    return cached(f"mini-{value}-{split}-seed{seed}", inputs, collected)["rows"]
-
-
-def fitted(inputs: dict) -> dict:
-    "Weights, accuracy in training, and scores of test pairs; `inputs`: seed, size, recipe, rows, tests."
-    seed, size, recipe, words = inputs["seed"], inputs["size"], inputs["recipe"], mini.tokenizer()
-    pairs = [encode_pair(words, row, recipe.margin, recipe.max_seq_len) for row in inputs["rows"]]
-    model, right = RewardModel.of(mini.chat(seed, size)), []
-    steps = train_reward(model, pairs, recipe)
-    for step in tqdm(steps, total=recipe.steps(len(pairs)), desc="reward model", unit="step", leave=False):
-        right.append(step.accuracy)
-    scores = {value: score_pairs(model, words, rows) for value, rows in inputs["tests"].items()}
-    return {"weights": model.state_dict(), "accuracy": right, "scores": scores}
-
-
-def fit(seed: int, rows: Sequence[Preference], recipe: RewardConfig = REWARD["mini"], size: str = "1.3M") -> dict:
-    "A reward model that begins with a seed's chat model: weights, accuracy by step, scores [2, N] of both test sets."
-    inputs = {"seed": seed, "size": size, "recipe": replace(recipe, seed=seed), "rows": list(rows)}
-    inputs["tests"] = {value: comparisons(seed, value, "test") for value in ASKED}
-    return cached(f"mini-reward-{size}-seed{seed}", inputs, fitted)
-
-
-def loaded(weights: dict, size: str = "1.3M") -> RewardModel:
-    "A reward model of the mini world with these weights."
-    model = RewardModel(mini.SIZES[size])
-    model.load_state_dict(weights)
-    return model
-
-
-def mixture(seed: int, value: str) -> list[Preference]:
-    "What the reward model of 'helpfulness' or 'safety' learns from: its own comparisons and some of the other's."
-    helpful, safe = comparisons(seed, "helpfulness"), comparisons(seed, "safety")
-    return helpfulness_mix(helpful, safe, seed) if value == "helpfulness" else safety_mix(safe, helpful, seed)
-
-# %%
-words = mini.tokenizer()
-runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2), a100=(0, 1, 2)))
-values = ("helpfulness", "safety")
-tests = {seed: {value: comparisons(seed, value, "test") for value in values} for seed in runs}
-helpful = {seed: comparisons(seed, "helpfulness") for seed in runs}
-for value, split in ((value, split) for value in values for split in ("train", "test")):
-    rows = comparisons(runs[0], value, split)
-    shares = ", ".join(f"{rating} {np.mean([r['rating'] == rating for r in rows]):.0%}" for rating in RATINGS)
-    print(f"{value}, {split}: {len(rows):,} pairs; {shares}")
-bins = {name: np.mean([row["safety"] == name for row in tests[runs[0]]["safety"]]) for name in SAFETY}
-theirs = paper.TEXT["Section 3.2.1"]["safety_bins"]
-print("; ".join(f"{name}: {share:.0%}, paper {theirs[name]:.0%}" for name, share in bins.items()))
-asked = {split: {row["messages"][-1]["content"] for value in values for row in comparisons(runs[0], value, split)}
-         for split in ("train", "test")}  # fmt: skip
-print(f"distinct last messages: {len(asked['train']):,} in training, {len(asked['test']):,} in the test sets, "
-      f"{len(asked['train'] & asked['test'])} in both")  # fmt: skip
-assert not asked["train"] & asked["test"]
-
-# %% [markdown]
-# How good can a reward model be here? The rater's noise decides close pairs, so even gold scores do not get them all
-# right. And how good must it be to have learned anything? Two baselines know nothing of the world: one prefers the
-# longer answer, or the shorter, whichever is right more often in training; one has a weight for each piece of the
-# vocabulary, fitted by the same loss.
-#
-# > Ours: criterion, written before the runs: the helpfulness model is right on 65 % of all pairs and on 78 % of the
-# > 'significantly better' ones, and is ahead of both baselines by 8 points.
-
-
-# %%
-def counts(rows: list, name: str) -> torch.Tensor:
-    "How often each piece of the vocabulary comes in the chosen or rejected answers. → [pairs, vocabulary]"
-    found = torch.zeros(len(rows), words.vocab_size)
-    for row, pair in zip(found, rows, strict=True):
-        row += torch.bincount(torch.tensor(words.encode(pair[name])), minlength=words.vocab_size)
-    return found
-
-
-def bag_of_words(inputs: dict) -> dict:
-    "Scores of test pairs by a weight for each piece, fitted with Equation 1 and a penalty on large weights."
-    difference = counts(inputs["rows"], "chosen") - counts(inputs["rows"], "rejected")
-    weights = torch.zeros(difference.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100)
-
-    def loss():
-        optimizer.zero_grad()
-        total = ranking_loss(difference @ weights, torch.zeros(len(difference))) + 1e-3 * (weights**2).sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    both = [counts(inputs["tests"], name) @ weights.detach() for name in ("chosen", "rejected")]
-    return {"scores": torch.stack(both)}
-
-
-def by_length(rows: list, tests: list) -> np.ndarray:
-    "Scores of test pairs by length, with the sign that is right more often in training. → [2, pairs]"
-    sizes = [np.array([[len(words.encode(row[name])) for row in part] for name in ("chosen", "rejected")], float)
-             for part in (rows, tests)]  # fmt: skip
-    return sizes[1] if accuracy(sizes[0], rows)["all"] > 0.5 else -sizes[1]
-
-
-def gold_scores(value: str, rows: list) -> np.ndarray:
-    "Gold scores of test pairs. → [2, pairs]"
-    column = values.index(value)
-    return np.stack([scores([r["messages"] for r in rows], [(r[name], True) for r in rows])[:, column]
-                     for name in ("chosen", "rejected")])  # fmt: skip
-
-
-def over_seeds(found: dict[int, float]):
-    "Mean over seeds, with its interval."
-    return paired_interval(np.array(list(found.values()))[:, None], np.zeros((len(found), 1)))
-
-
-def claim(item: str, text: str, criterion: str, printed, found: dict[int, float], evidence: str):
-    "A ledger row from an effect per seed."
-    mean = over_seeds(found)
-    row = ledger.record(item, text, criterion, printed, mean.value, interval=mean[1:], seeds=found, evidence=evidence)
-    print(f"{text}: {mean.value:.3f} [{mean.low:.3f}, {mean.high:.3f}], {criterion}: {row['status']}")
-
-
-# %%
-both = {seed: {"helpfulness": fit(seed, mixture(seed, "helpfulness")),
-               "safety": fit(seed, mixture(seed, "safety"), replace(REWARD["mini"], auxiliary=1.0))}
-        for seed in runs}  # fmt: skip
-table_of = {}
-for seed in runs:
-    rows = tests[seed]["helpfulness"]
-    bag = cached(f"mini-bag-seed{seed}", {"rows": helpful[seed], "tests": rows}, bag_of_words)["scores"].numpy()
-    found = {
-        "gold scores": gold_scores("helpfulness", rows),
-        "helpfulness reward model": np.asarray(both[seed]["helpfulness"]["scores"]["helpfulness"]),
-        "bag of words": bag,
-        "length": by_length(helpful[seed], rows),
-    }
-    for name, pair_scores in found.items():
-        table_of.setdefault(name, {})[seed] = accuracy(pair_scores, rows)
-print(f"{'mean over seeds':26}" + "".join(f"{name:>22}" for name in (*RATINGS, "all")))
-for name, by_seed in table_of.items():
-    means = {rating: np.mean([found[rating] for found in by_seed.values()]) for rating in (*RATINGS, "all")}
-    print(f"{name:26}" + "".join(f"{value:22.1%}" for value in means.values()))
-
-# %%
-ours = table_of["helpfulness reward model"]
-EVIDENCE = "chapters/04_reward_model.py::both = "
-claim("Table 8", "helpfulness accuracy over all ratings", "> 0.65", 0.632,
-      {seed: found["all"] for seed, found in ours.items()}, EVIDENCE)  # fmt: skip
-claim("Table 8", "helpfulness accuracy, significantly better", "> 0.78", 0.807,
-      {seed: found["significantly better"] for seed, found in ours.items()}, EVIDENCE)  # fmt: skip
-claim("Table 8", "significantly minus negligibly better", "> 0.2", 0.26,
-      {s: f["significantly better"] - f["negligibly better"] for s, f in ours.items()}, EVIDENCE)  # fmt: skip
-for name in ("bag of words", "length"):
-    claim("Section 3.2.2", f"helpfulness reward model minus {name}, accuracy", "> 0.08", None,
-          {seed: ours[seed]["all"] - found["all"] for seed, found in table_of[name].items()}, EVIDENCE)  # fmt: skip
-
-# %% [markdown]
-# ## Two reward models (Tables 7 and 8)
-#
-# Each model is better at home: the helpfulness model on helpfulness pairs, the safety model on safety pairs. And both
-# get worse as the answers get more alike, from significantly to negligibly better.
-#
-# > Ours: criteria, written before the runs: on its own test set each model is ahead of the other by an interval above
-# > zero; at home, accuracy falls from rating to rating. The chat model, asked for A or B, has GPT-4's row.
-
-# %%
-at = {(scorer, value): {seed: accuracy(np.asarray(both[seed][scorer]["scores"][value]), tests[seed][value])
-                        for seed in runs} for scorer in values for value in values}  # fmt: skip
-asked_few = by_scale(smoke=8, laptop=600, a100=3000)
-for value in values:
-    at["chat model, A or B", value] = {
-        seed: accuracy(np.stack([chosen := choose(mini.chat(seed), words, rows), 0 * chosen]), rows)
-        for seed in runs if (rows := tests[seed][value][:asked_few])
-    }  # fmt: skip
-print(f"{'Table 7':24}" + "".join(f"{value + ' pairs':>20}" for value in values))
-for scorer in (*values, "chat model, A or B"):
-    print(f"{scorer:24}" + "".join(f"{over_seeds({s: f['all'] for s, f in at[scorer, v].items()}).value:20.1%}"
-                                   for v in values))  # fmt: skip
-for home, other in (values, values[::-1]):
-    claim("Table 7", f"{home} model minus {other} model on {home} pairs", "> 0",
-          {"helpfulness": 0.07, "safety": 0.017}[home],
-          {seed: at[home, home][seed]["all"] - at[other, home][seed]["all"] for seed in runs}, EVIDENCE)  # fmt: skip
-    steps = {seed: -np.diff([at[home, home][seed][rating] for rating in RATINGS]).max() for seed in runs}
-    claim("Table 8", f"{home} at home: smallest fall from one rating to the next", "> 0",
-          {"helpfulness": 0.062, "safety": 0.104}[home], steps, EVIDENCE)  # fmt: skip
-
-# %%
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.3), sharey=True)
-for ax, value in zip(axes, values, strict=True):
-    for scorer, colour in zip(values, ("C0", "C1"), strict=True):
-        rates = np.array([[found[rating] for rating in RATINGS] for found in at[scorer, value].values()])
-        ax.plot(range(4), rates.mean(0), "o-", color=colour, label=f"{scorer} model")
-        ax.plot(range(4), rates.T, ".", color=colour, markersize=4, alpha=0.6)
-        name = f"{'Helpfulness' if scorer == 'helpfulness' else 'Safety'} RM on Meta "
-        row = paper.PAPER["Table 8"][name + ("Helpful" if value == "helpfulness" else "Safety")]
-        ax.plot(range(4), [row[r] / 100 for r in ("significantly", "better", "slightly", "negligibly")], "x:",
-                color=colour, alpha=0.7, label=f"{scorer} model, paper")  # fmt: skip
-    ax.axhline(0.5, color="0.7", lw=0.8, zorder=0)
-    ax.set(xticks=range(4), xticklabels=[r.replace(" better", "") for r in RATINGS], title=f"{value} pairs",
-           xlabel="how much better the chosen answer is")  # fmt: skip
-axes[0].set(ylabel="accuracy")
-axes[0].legend(fontsize=7)
-fig.suptitle("Each model is right more often at home, and on clearer pairs")
-plots.save(fig, "04_accuracy_by_rating.png")
-
-# %% [markdown]
-# ## More data, larger models (Figure 6)
-#
-# The paper trains three sizes on the data of more and more weeks. Accuracy rises with data and with size, and has not
-# levelled off.
-#
-# > Ours: 2,500 to 20,000 pairs of the helpfulness set, without the mixture, and two sizes. Criteria, written before the
-# > runs: 20,000 pairs are ahead of 2,500, and 1.3 million parameters ahead of 0.4 million on 20,000 pairs. Both sizes
-# > see the same pairs, of the larger model's answers.
-
-# %%
-amounts = by_scale(smoke=(8, 16), laptop=(2500, 5000, 10_000, 20_000), a100=(2500, 5000, 10_000, 20_000))
-sizes = by_scale(smoke=("1.3M",), laptop=("0.4M", "1.3M"), a100=("0.4M", "1.3M", "2.4M"))
-curve = {(size, n): {seed: accuracy(np.asarray(fit(seed, helpful[seed][:n], size=size)["scores"]["helpfulness"]),
-                                    tests[seed]["helpfulness"]) for seed in runs}
-         for size in sizes for n in amounts}  # fmt: skip
-least, most = amounts[0], amounts[-1]
-for (size, n), by_seed in curve.items():
-    mean = over_seeds({seed: found["all"] for seed, found in by_seed.items()})
-    print(f"{size} parameters, {n:6,} pairs: {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}]")
-claim("Figure 6", f"accuracy with {most:,} pairs minus {least:,}", "> 0", "rises from batch to batch",
-      {seed: curve["1.3M", most][seed]["all"] - curve["1.3M", least][seed]["all"] for seed in runs},
-      "figures/04_scaling.png")  # fmt: skip
-rises = {seed: np.diff([curve["1.3M", n][seed]["all"] for n in amounts]).min() for seed in runs}
-print("smallest rise from one amount to the next, by seed:", {seed: f"{rise:+.3f}" for seed, rise in rises.items()})
-if len(sizes) > 1:
-    claim("Figure 6", "accuracy of 1.3M minus 0.4M parameters, 20,000 pairs", "> 0", "larger is more accurate",
-          {seed: curve["1.3M", most][seed]["all"] - curve["0.4M", most][seed]["all"] for seed in runs},
-          "figures/04_scaling.png")  # fmt: skip
-
-# %%
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.3))
-for ax, rating in zip(axes, ("all", "significantly better"), strict=True):
-    for size in sizes:
-        rates = np.array([[curve[size, n][seed][rating] for n in amounts] for seed in runs])
-        [line] = ax.plot(amounts, rates.mean(0), "o-", label=f"{size} parameters")
-        ax.plot(amounts, rates.T, ".", color=line.get_color(), markersize=4, alpha=0.6)
-    ax.axhline(np.mean([found[rating] for found in table_of["gold scores"].values()]), color="0.5", ls="--", lw=0.8)
-    ax.set(xscale="log", xticks=amounts, xticklabels=[f"{n:,}" for n in amounts], xlabel="pairs", ylabel="accuracy",
-           title=f"{rating} pairs" if rating == "all" else rating)  # fmt: skip
-    ax.minorticks_off()
-axes[0].legend(loc="upper left")
-fig.suptitle("More pairs and more parameters help; dashed: gold scores against the same noisy raters")
-plots.save(fig, "04_scaling.png")
-
-# %% [markdown]
-# ## The margin (Tables 27 and 28, Figure 27)
-#
-# The paper compares no margin, the small and the large one of Table 27: a margin helps a little, most of all on pairs
-# that are significantly better, and the large one pushes scores to the ends, which it calls a reason for care, since
-# PPO may not like it.
-#
-# > Ours: criteria, written before the runs: each margin's accuracy on 'significantly better' is above that without; the
-# > large margin puts a larger share of the scores, as probabilities, below 0.02 or above 0.98 than no margin.
-
-# %%
-for size, column in paper.PAPER["Table 27"].items():
-    for rating, margin in zip(RATINGS, column.values(), strict=True):
-        ledger.record("Table 27", f"{size} margin, {rating}", "preset", margin, MARGINS[size][rating],
-                      evidence="llama2lib/reward.py::MARGINS")  # fmt: skip
-recipes = {margin: replace(REWARD["mini"], margin=margin) for margin in MARGINS}
-margins = {margin: {seed: np.asarray(fit(seed, helpful[seed][:most], recipe)["scores"]["helpfulness"])
-                    for seed in runs} for margin, recipe in recipes.items()}  # fmt: skip
-right = {m: {seed: accuracy(found[seed], tests[seed]["helpfulness"]) for seed in runs} for m, found in margins.items()}
-print(f"{'Table 28':8}" + "".join(f"{rating:>22}" for rating in (*RATINGS, "all")))
-for margin, by_seed in right.items():
-    print(f"{margin:8}" + "".join(f"{np.mean([f[r] for f in by_seed.values()]):22.1%}" for r in (*RATINGS, "all")))
-probability = {m: {seed: 1 / (1 + np.exp(-found[seed])) for seed in runs} for m, found in margins.items()}
-outer = {m: {seed: np.mean((p < 0.02) | (p > 0.98)) for seed, p in found.items()} for m, found in probability.items()}
-for margin, best in (("small", 0.013), ("large", 0.016)):
-    claim("Table 28", f"{margin} margin minus none, significantly better", "> 0", best,
-          {s: right[margin][s]["significantly better"] - right["none"][s]["significantly better"] for s in runs},
-          "figures/04_margins.png")  # fmt: skip
-claim("Figure 27", "share of scores in the outermost bins, large margin minus none", "> 0",
-      "8.3 % against 1.8 % at the top",
-      {seed: outer["large"][seed] - outer["none"][seed] for seed in runs}, "figures/04_margins.png")  # fmt: skip
-
-# %%
-fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), sharey=True)
-for ax, (margin, found) in zip(axes, probability.items(), strict=True):
-    shown = np.concatenate([p.ravel() for p in found.values()])
-    ax.hist(shown, np.linspace(0, 1, 51), color="C0", weights=np.full(len(shown), 100 / len(shown)))
-    ax.set(title=f"{margin} margin", xlabel="score as a probability")
-axes[0].set(ylabel="answers (%)")
-fig.suptitle("A margin drives scores to the ends")
-plots.save(fig, "04_margins.png")
-
-# %% [markdown]
-# ## The safety model's two helpers (Table 29 and section 3.2.2)
-#
-# The auxiliary loss raises the share of unsafe answers that a score below 0.5 finds from 73.0 to 90.4 %, and accuracy
-# with it, from 63.7 to 64.5 %. And the tenth of helpfulness pairs helps above all where both answers are safe.
-#
-# > Ours: criteria, written before the runs: recall of unsafe answers is higher with the auxiliary loss, and so is
-# > accuracy; the tenth of helpfulness pairs raises accuracy on pairs whose answers are both safe.
-
-# %%
-safe_only = {seed: comparisons(seed, "safety") for seed in runs}
-helped = replace(REWARD["mini"], auxiliary=1.0)
-variants_of = {
-    "without auxiliary loss": {seed: fit(seed, mixture(seed, "safety")) for seed in runs},
-    "safety model": {seed: both[seed]["safety"] for seed in runs},
-    "without helpfulness pairs": {seed: fit(seed, safe_only[seed], helped) for seed in runs},
-}
-
-
-def safety_row(found: dict, rows: list) -> dict[str, float]:
-    "A row of Table 29: accuracy by bin, and the share of unsafe answers whose score is below one half."
-    pair_scores, labels = np.asarray(found["scores"]["safety"]), np.array([row["safety"] for row in rows])
-    right = pair_scores[0] > pair_scores[1]
-    unsafe = np.array([labels == "both_unsafe", labels != "both_safe"])
-    by_bin = {name: right[labels == name].mean() for name in SAFETY}
-    return {"all": right.mean()} | by_bin | {"unsafe recall": (pair_scores < 0)[unsafe].mean()}
-
-
-table_29 = {name: {seed: safety_row(f, tests[seed]["safety"]) for seed, f in found.items()}
-            for name, found in variants_of.items()}  # fmt: skip
-print(f"{'Table 29':26}" + "".join(f"{name:>16}" for name in next(iter(table_29["safety model"].values()))))
-for name, by_seed in table_29.items():
-    print(f"{name:26}" + "".join(f"{np.mean([row[c] for row in by_seed.values()]):16.1%}" for c in by_seed[runs[0]]))
-LINE = "chapters/04_reward_model.py::table_29"
-for column, printed_gain in (("unsafe recall", 0.174), ("all", 0.008)):
-    claim("Table 29", f"auxiliary loss minus none: {column}", "> 0", printed_gain,
-          {s: table_29["safety model"][s][column] - table_29["without auxiliary loss"][s][column] for s in runs},
-          LINE)  # fmt: skip
-claim("Section 3.2.2", "a tenth of helpfulness pairs minus none: accuracy where both are safe", "> 0", "beneficial",
-      {s: table_29["safety model"][s]["both_safe"] - table_29["without helpfulness pairs"][s]["both_safe"]
-       for s in runs}, LINE)  # fmt: skip
-
-# %% [markdown]
-# ## Do scores mean something alone? (Figure 29)
-#
-# A reward model is trained on differences, but used on single answers. The paper asks three people for the quality of
-# answers, from 1 to 7, and finds the mean score rising with the median of their marks, with a wide spread.
-#
-# > Ours: the gold score of the test answers, cut into seven equal steps. Criterion, written before the runs: the mean
-# > score is higher in the top step than in the bottom one, and its rank correlation with the step is 0.9.
-
-# %%
-marks = {value: {} for value in values}
-for value in values:
-    for seed in runs:
-        gold = np.minimum((gold_scores(value, tests[seed][value]) * 7).astype(int), 6) + 1
-        probabilities = 1 / (1 + np.exp(-np.asarray(both[seed][value]["scores"][value])))
-        seen = [m for m in range(1, 8) if (gold == m).sum() >= by_scale(smoke=1, laptop=20, a100=20)]
-        marks[value][seed] = {m: (probabilities[gold == m].mean(), probabilities[gold == m].std()) for m in seen}
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.3), sharey=True)
-for ax, (value, by_seed) in zip(axes, marks.items(), strict=True):
-    for seed, found in by_seed.items():
-        ax.errorbar([m + 0.12 * (seed - 1) for m in found], [mean for mean, _ in found.values()],
-                    [sd for _, sd in found.values()], fmt="o-", markersize=4, lw=1, label=f"seed {seed}")  # fmt: skip
-    theirs = paper.PAPER["Figure 29"]["Helpfulness RM" if value == "helpfulness" else "Safety RM"]
-    ax.plot([int(m) for m in theirs], list(theirs.values()), "x:", color="0.4", label="paper")
-    ax.set(xlabel="quality, 1 to 7", title=f"{value} model")
-axes[0].set(ylabel="score as a probability (mean ± sd)")
-axes[0].legend(fontsize=7)
-fig.suptitle("The mean score rises with quality; single scores scatter")
-plots.save(fig, "04_calibration.png")
-for value, by_seed in marks.items():
-    rank = {seed: spearmanr(list(found), [mean for mean, _ in found.values()]).statistic
-            for seed, found in by_seed.items()}  # fmt: skip
-    claim("Figure 29", f"{value}: rank correlation of quality and mean score", "> 0.9", 1.0, rank,
-          "figures/04_calibration.png")  # fmt: skip
-
-# %% [markdown]
 # ## The same on many GPUs
 #
 # One process and two: equal loss curves. Then the commands for the paper's sizes.
@@ -1479,13 +1077,16 @@ import shutil
 
 from llama2lib.checkpoint import save_checkpoint
 from llama2lib.launch import launch
+from llama2lib.preferences import read_public, write_preferences
 from llama2lib.recipes import ROOT, cache_folder, scale
+from llama2lib.reward import REWARD, RewardModel, accuracy, encode_pair, score_pairs, train_reward
 
 place = Path(os.path.relpath(cache_folder() / "reward" / scale(), ROOT))
 os.chdir(ROOT)  # so that the commands below are those of a shell at the root of the repository
 shutil.rmtree(place, ignore_errors=True)
-save_checkpoint(mini.chat(runs[0]), place / "chat", words)
-write_preferences(place / "pairs.jsonl", helpful[runs[0]][: by_scale(smoke=30, laptop=200, a100=200)])
+words = mini.tokenizer()
+save_checkpoint(mini.chat(0), place / "chat", words)
+write_preferences(place / "pairs.jsonl", batches["helpfulness"][:200])
 options = ["--model", place / "chat", "--data", place / "pairs.jsonl", "--batch-pairs", 25]
 for nproc, out in ((1, "one"), (2, "two")):
     launch("llama2lib.reward", "mini", *options, "--out", place / out, nproc=nproc)
@@ -1517,7 +1118,9 @@ FILES = {
 people = {"rated conversations": chats}
 for name, (reader, file) in FILES.items():
     if path := data_file(file):
-        people[name] = read_public(reader, path)
+        with warnings.catch_warnings(record=True) as told:
+            people[name] = read_public(reader, path)
+        print(*(f"{note.message}\n" for note in told), sep="", end="")
     else:
         print(f"{name}: not here; set LLAMA2_DATA to a folder with {file}")
 table({name: statistics(rows, Tokenizer(pieces) if pieces else words) for name, rows in people.items()})
@@ -1546,16 +1149,26 @@ def learned(inputs: dict) -> dict:
     return {"scores": score_pairs(model, words, rows[cut:])}
 
 
+def by_length(rows: list, tests: list) -> np.ndarray:
+    "Scores of test pairs by length, with the sign that is right more often in training. → [2, pairs]"
+    sizes = [np.array([[len(words.encode(row[name])) for row in part] for name in ("chosen", "rejected")], float)
+             for part in (rows, tests)]  # fmt: skip
+    return sizes[1] if accuracy(sizes[0], rows)["all"] > 0.5 else -sizes[1]
+
+
 def fits(row) -> bool:
     "Whether a comparison fits into the mini model's context."
     return max(len(encode_dialog(words, [*row["messages"], {"role": "assistant", "content": row[name]}])[0])
                for name in ("chosen", "rejected")) <= 512  # fmt: skip
 
 
+runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
 for name in ("HH harmless", "rated conversations"):
     if name not in people:
         continue
-    rows = [row for row in people[name] if fits(row)][: by_scale(smoke=16, laptop=2000, a100=2000)]
+    rows = [row for row in people[name] if fits(row)]
+    long = len(people[name]) - len(rows)
+    rows = rows[: by_scale(smoke=16, laptop=2000, a100=2000)]
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     test = rows[3 * len(rows) // 4 :]
     recipe = replace(REWARD["mini"], margin="none", epochs=2, batch_pairs=16)
@@ -1563,10 +1176,21 @@ for name in ("HH harmless", "rated conversations"):
     found = [np.asarray(cached(f"mini-real-seed{i['seed']}", i, learned)["scores"]) for i in inputs]
     right = np.array([(s[0] > s[1]) for s in found], float)
     mean = paired_interval(right, np.zeros_like(right))
-    long = by_length(rows[: 3 * len(rows) // 4], test)
+    baseline = accuracy(by_length(rows[: 3 * len(rows) // 4], test), test)["all"]
     sizes_of = np.array([[len(words.encode(row[side])) for row in test] for side in ("chosen", "rejected")])
     follows = np.mean([spearmanr(s.ravel(), sizes_of.ravel()).statistic for s in found])
     print(f"{name}: {len(rows) - len(test)} pairs to learn from, {len(test)} to test, "
-          f"{len(people[name]) - len(rows)} too long")  # fmt: skip
+          f"{long} too long")  # fmt: skip
     print(f"    accuracy {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], by length alone "
-          f"{accuracy(long, test)['all']:.1%}; rank correlation of score and length {follows:.2f}")  # fmt: skip
+          f"{baseline:.1%}; rank correlation of score and length {follows:.2f}")  # fmt: skip
+
+# %% [markdown]
+# Neither set teaches a model of this size much. Where people rate whole conversations, the longer one tends to win, and
+# what is learned from that is length: an optimiser would be paid for talking on. That is reward hacking before any
+# reinforcement learning, and it sits in the data. It is why the paper shows annotators two answers to one prompt.
+#
+# ## What it took
+#
+# A reward model is a chat model with one row for a head, and a loss of one line. The care goes into what that line
+# compares: scores read at the end of the answer and nowhere else, both answers in one pass, margins that stay out of
+# the accuracy, labels that say which pairs are about safety.

@@ -26,6 +26,7 @@ __all__ = [
     "statistics",
     "Answerer",
     "sampler",
+    "written",
     "two_answers",
     "collect",
     "helpfulness_mix",
@@ -51,9 +52,10 @@ import numpy as np
 
 from llama2lib.chat import Reply, respond
 from llama2lib.dialog import Message, check_dialog
-from llama2lib.judge import RATINGS, SAFE, judge, rate
+from llama2lib.judge import RATINGS, SAFE, judge, rate, read_task
 from llama2lib.model import Llama
 from llama2lib.recipes import write_atomic
+from llama2lib.synthetic import answer, pick
 from llama2lib.tokenizer import Tokenizer
 
 
@@ -322,6 +324,16 @@ Answerer = Callable[[Sequence[list[Message]], int], list[Reply]]  # dialogs and 
 def sampler(model: Llama, tokenizer: Tokenizer, temperature: float, max_new_tokens: int = 64) -> Answerer:
     "A model at a temperature, as a function of dialogs and a seed."
     return lambda dialogs, seed: respond(model, tokenizer, dialogs, max_new_tokens, temperature, seed=seed)
+
+
+def written(quality: Mapping[str, float]) -> Answerer:
+    "The mini world's own writer, whose answers are of mixed quality, as a function of dialogs and a seed."
+
+    def answers(dialogs: Sequence[list[Message]], seed: int) -> list[Reply]:
+        random, tasks = np.random.default_rng([10, seed]), map(read_task, dialogs)
+        return [Reply(answer(random, task, pick(random, quality), random.random() < 0.3), True) for task in tasks]
+
+    return answers
 
 
 def two_answers(

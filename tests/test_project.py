@@ -177,7 +177,7 @@ def test_imports_point_one_way():
     order = ["recipes", "paper", "stats", "plots", "launch", "ledger", "model", "tokenizer", "formats"]
     order += ["checkpoint", "generation", "world", "grammar", "synthetic", "judge"]
     order += ["corpus", "cleaning", "shards", "optim", "distributed", "pretrain", "ablations", "scaling"]
-    order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "chat", "preferences", "reward", "mini_rewards"]
+    order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "chat", "preferences", "reward"]
     for file in ROOT.glob("llama2lib/*.py"):
         if file.stem == "__init__":
             continue
