@@ -174,7 +174,7 @@ class Annotating(Session):
             rows = scale_rows(None, [self.desk.study.safety and self.safe is None] * 2)
             rows = [safety_row(self.safe)] * self.desk.study.safety + rows
             remarks = [f"To do again: {self.task.feedback}"] * bool(self.task.feedback)
-        mine = [a for a in self.desk.annotations() if a.annotator == self.who and a.feedback]
+        mine = [a for a in self.desk.annotations(self.who) if a.feedback]
         return {
             "title": f"{self.desk.study.name} · {self.who}", "item": self.item, "done": done, "left": left,
             "messages": [[m["role"], m["content"]] for m in self.task.content["messages"]] if self.task else [],

@@ -303,10 +303,11 @@ class Desk:
         with self.transaction() as db:
             return {number: json.loads(text) for number, text in db.execute("SELECT id, content FROM items")}
 
-    def annotations(self) -> list[Annotation]:
-        "All annotations that stand, oldest first; rejected ones do until they are done again."
+    def annotations(self, annotator: str | None = None) -> list[Annotation]:
+        "The annotations that stand, all or one annotator's, oldest first; rejected ones do until they are done again."
+        query = "SELECT * FROM standing WHERE :me IS NULL OR annotator = :me ORDER BY id"
         with self.transaction() as db:
-            rows = db.execute("SELECT * FROM standing ORDER BY id").fetchall()
+            rows = db.execute(query, {"me": annotator}).fetchall()
         return [Annotation(*r[:4], json.loads(r[4]), *r[5:9], r[9] and json.loads(r[9])) for r in rows]
 
     def progress(self, annotator: str) -> tuple[int, int]:
