@@ -70,10 +70,10 @@ GUIDELINES = {  # section A.5 in our words, in the order in which they count
     ),
 }
 CHECKS = (  # what a reviewer looks at
-    "consistent with the conversation so far",
-    "follows the instructions",
-    "free of mistakes of language",
-    "outside all that is banned: crime, danger, abuse, explicit content",
+    "It is consistent with the conversation so far.",
+    "It follows the instructions.",
+    "Its language has no mistakes.",
+    "It has nothing of what is banned: crime, danger, abuse, explicit content.",
 )
 
 # %%
@@ -681,18 +681,18 @@ class Session:
 
 # %% [markdown]
 # The screen is a small page in the output of a cell. The package `anywidget` carries what it shows from Python to the
-# browser, and keys and clicks back. Two things are easily got wrong. Answers come from models and may hold anything, so
-# that they are put in as text, never as HTML. And a notebook has keys of its own: in Jupyter, a digit makes a heading,
+# browser, and keys and clicks back. Three things are easily got wrong. Answers come from models and may hold anything,
+# so that they are put in as text, never as HTML. A notebook has keys of its own: in Jupyter, a digit makes a heading,
 # and `d` twice deletes the cell. The screen takes its keys when it has the focus, asks the notebook to keep off, and
-# ignores a key that is held down. Until the kernel has answered, which is when the row is on disk, it takes no other.
-# Everything can be clicked as well.
+# ignores a key that is held down. And people are faster than kernels: each key is sent with the number of the pair that
+# is on the screen, and the next pair appears when the row is on disk. Everything can be clicked as well.
 
 
 # %%
 #| export screen
 SCRIPT = """
 function render({ model, el }) {
-  let open = model.get("view").done ? "" : "g", waiting = false, view;
+  let open = model.get("view").done ? "" : "g", view;
   const root = document.createElement("div");
   root.className = "annotate";
   root.tabIndex = 0;
@@ -711,8 +711,7 @@ function render({ model, el }) {
     if (fold) {
       open = open === key ? "" : key;
       draw();
-    } else if (!waiting) {
-      waiting = true;
+    } else {
       root.classList.add("waiting");
       model.send({ key, item: view.item, text: root.querySelector("textarea")?.value ?? "" });
     }
@@ -783,9 +782,9 @@ function render({ model, el }) {
     if (!node) return;
     event.preventDefault();
     event.stopPropagation();
-    if (!event.repeat) node.click();
+    if (!event.repeat) press(node.dataset.key);
   });
-  model.on("change:view", () => { waiting = false; root.classList.remove("waiting"); draw(); });
+  model.on("change:view", () => { root.classList.remove("waiting"); draw(); });
   draw();
 }
 export default { render };
@@ -793,7 +792,7 @@ export default { render };
 LOOK = """
 .annotate { color: var(--jp-content-font-color1, #222); border: 1px solid var(--jp-border-color1, #bbb); padding: 12px;
   border-radius: 4px; font: 14px/1.45 var(--jp-content-font-family, sans-serif); max-width: 72em; }
-.annotate:focus, .annotate:focus-within { outline: 2px solid var(--jp-brand-color1, #1976d2); }
+.annotate:focus, .annotate:focus-within { outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: -2px; }
 .annotate:focus-within .hint { visibility: hidden; }
 .annotate .hint, .annotate .label { color: var(--jp-content-font-color2, #666); }
 .annotate .head { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; margin-bottom: 8px; }
@@ -804,11 +803,14 @@ LOOK = """
 .annotate .answer { background: var(--jp-layout-color2, #f2f2f2); padding: 8px 12px; border-radius: 4px; min-width: 0; }
 .annotate .answer > div { max-height: 26em; overflow-y: auto; }
 .annotate .row { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin-top: 10px; }
-.annotate button { font: inherit; color: inherit; cursor: pointer; padding: 3px 8px; border-radius: 4px;
+.annotate .pair .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(13em, 1fr)); }
+.annotate .pair .label { grid-column: 1 / -1; }
+.annotate button { font: inherit; text-align: left; color: inherit; cursor: pointer; padding: 3px 8px; border-radius: 4px;
   border: 1px solid var(--jp-border-color1, #bbb); background: var(--jp-layout-color1, #fff); }
 .annotate button:hover:enabled { background: var(--jp-layout-color2, #eee); }
 .annotate button.on { border-color: var(--jp-brand-color1, #1976d2); box-shadow: inset 0 0 0 1px; font-weight: 600; }
-.annotate button:disabled, .annotate.waiting button { opacity: 0.45; cursor: default; }
+.annotate button:disabled { opacity: 0.45; cursor: default; }
+.annotate.waiting { opacity: 0.5; transition: opacity 0s 0.4s; }
 .annotate kbd { font: 12px monospace; border: 1px solid var(--jp-border-color1, #bbb); border-radius: 3px;
   padding: 0 4px; margin-right: 6px; }
 .annotate textarea { width: 100%; box-sizing: border-box; margin-top: 10px; min-height: 3em; font: inherit; }
@@ -948,7 +950,10 @@ class Reviewing(Session):
         elif key in SAFE_KEYS and self.desk.study.safety:
             self.choice = unblind(self.task, self.shown()[0], SAFE_KEYS[key][1])
         elif key in LEVELS:
-            self.choice = unblind(self.task, LEVELS.index(key), self.shown()[1])
+            place, safe = self.shown()
+            if (LEVELS.index(key) < 4) != (place < 4):
+                raise ValueError("an edit does not change which answer is better; reject the annotation instead")
+            self.choice = unblind(self.task, LEVELS.index(key), safe)
 
     def view(self) -> dict:
         "What the screen shows."
@@ -964,7 +969,7 @@ class Reviewing(Session):
             "answers": list(self.task.shown) if rows else [],
             "more": [button("y", "approve as shown"), button("n", "reject")] if rows else [button("r", "look again")],
             "remarks": [self.note] * bool(self.note) + ["Nothing to review just now."] * (not rows),
-            "folds": [["g", "what to look at", [["An annotation should be", CHECKS]]]],
+            "folds": [["g", "what to look at", [["Is it fit to learn from?", CHECKS]]]],
         }  # fmt: skip
 
 

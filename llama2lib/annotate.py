@@ -53,10 +53,10 @@ GUIDELINES = {  # section A.5 in our words, in the order in which they count
     ),
 }
 CHECKS = (  # what a reviewer looks at
-    "consistent with the conversation so far",
-    "follows the instructions",
-    "free of mistakes of language",
-    "outside all that is banned: crime, danger, abuse, explicit content",
+    "It is consistent with the conversation so far.",
+    "It follows the instructions.",
+    "Its language has no mistakes.",
+    "It has nothing of what is banned: crime, danger, abuse, explicit content.",
 )
 
 
@@ -217,7 +217,10 @@ class Reviewing(Session):
         elif key in SAFE_KEYS and self.desk.study.safety:
             self.choice = unblind(self.task, self.shown()[0], SAFE_KEYS[key][1])
         elif key in LEVELS:
-            self.choice = unblind(self.task, LEVELS.index(key), self.shown()[1])
+            place, safe = self.shown()
+            if (LEVELS.index(key) < 4) != (place < 4):
+                raise ValueError("an edit does not change which answer is better; reject the annotation instead")
+            self.choice = unblind(self.task, LEVELS.index(key), safe)
 
     def view(self) -> dict:
         "What the screen shows."
@@ -233,7 +236,7 @@ class Reviewing(Session):
             "answers": list(self.task.shown) if rows else [],
             "more": [button("y", "approve as shown"), button("n", "reject")] if rows else [button("r", "look again")],
             "remarks": [self.note] * bool(self.note) + ["Nothing to review just now."] * (not rows),
-            "folds": [["g", "what to look at", [["An annotation should be", CHECKS]]]],
+            "folds": [["g", "what to look at", [["Is it fit to learn from?", CHECKS]]]],
         }  # fmt: skip
 
 

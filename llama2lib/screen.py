@@ -48,7 +48,7 @@ class Session:
 
 SCRIPT = """
 function render({ model, el }) {
-  let open = model.get("view").done ? "" : "g", waiting = false, view;
+  let open = model.get("view").done ? "" : "g", view;
   const root = document.createElement("div");
   root.className = "annotate";
   root.tabIndex = 0;
@@ -67,8 +67,7 @@ function render({ model, el }) {
     if (fold) {
       open = open === key ? "" : key;
       draw();
-    } else if (!waiting) {
-      waiting = true;
+    } else {
       root.classList.add("waiting");
       model.send({ key, item: view.item, text: root.querySelector("textarea")?.value ?? "" });
     }
@@ -139,9 +138,9 @@ function render({ model, el }) {
     if (!node) return;
     event.preventDefault();
     event.stopPropagation();
-    if (!event.repeat) node.click();
+    if (!event.repeat) press(node.dataset.key);
   });
-  model.on("change:view", () => { waiting = false; root.classList.remove("waiting"); draw(); });
+  model.on("change:view", () => { root.classList.remove("waiting"); draw(); });
   draw();
 }
 export default { render };
@@ -149,7 +148,7 @@ export default { render };
 LOOK = """
 .annotate { color: var(--jp-content-font-color1, #222); border: 1px solid var(--jp-border-color1, #bbb); padding: 12px;
   border-radius: 4px; font: 14px/1.45 var(--jp-content-font-family, sans-serif); max-width: 72em; }
-.annotate:focus, .annotate:focus-within { outline: 2px solid var(--jp-brand-color1, #1976d2); }
+.annotate:focus, .annotate:focus-within { outline: 2px solid var(--jp-brand-color1, #1976d2); outline-offset: -2px; }
 .annotate:focus-within .hint { visibility: hidden; }
 .annotate .hint, .annotate .label { color: var(--jp-content-font-color2, #666); }
 .annotate .head { display: flex; gap: 1em; align-items: center; flex-wrap: wrap; margin-bottom: 8px; }
@@ -160,11 +159,14 @@ LOOK = """
 .annotate .answer { background: var(--jp-layout-color2, #f2f2f2); padding: 8px 12px; border-radius: 4px; min-width: 0; }
 .annotate .answer > div { max-height: 26em; overflow-y: auto; }
 .annotate .row { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin-top: 10px; }
-.annotate button { font: inherit; color: inherit; cursor: pointer; padding: 3px 8px; border-radius: 4px;
+.annotate .pair .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(13em, 1fr)); }
+.annotate .pair .label { grid-column: 1 / -1; }
+.annotate button { font: inherit; text-align: left; color: inherit; cursor: pointer; padding: 3px 8px; border-radius: 4px;
   border: 1px solid var(--jp-border-color1, #bbb); background: var(--jp-layout-color1, #fff); }
 .annotate button:hover:enabled { background: var(--jp-layout-color2, #eee); }
 .annotate button.on { border-color: var(--jp-brand-color1, #1976d2); box-shadow: inset 0 0 0 1px; font-weight: 600; }
-.annotate button:disabled, .annotate.waiting button { opacity: 0.45; cursor: default; }
+.annotate button:disabled { opacity: 0.45; cursor: default; }
+.annotate.waiting { opacity: 0.5; transition: opacity 0s 0.4s; }
 .annotate kbd { font: 12px monospace; border: 1px solid var(--jp-border-color1, #bbb); border-radius: 3px;
   padding: 0 4px; margin-right: 6px; }
 .annotate textarea { width: 100%; box-sizing: border-box; margin-top: 10px; min-height: 3em; font: inherit; }
