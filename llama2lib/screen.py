@@ -161,8 +161,8 @@ LOOK = """
 .annotate .row { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin-top: 10px; }
 .annotate .pair .row { display: grid; grid-template-columns: repeat(auto-fill, minmax(13em, 1fr)); }
 .annotate .pair .label { grid-column: 1 / -1; }
-.annotate button { font: inherit; text-align: left; color: inherit; cursor: pointer; padding: 3px 8px; border-radius: 4px;
-  border: 1px solid var(--jp-border-color1, #bbb); background: var(--jp-layout-color1, #fff); }
+.annotate button { font: inherit; text-align: left; color: inherit; cursor: pointer; padding: 3px 8px;
+  border-radius: 4px; border: 1px solid var(--jp-border-color1, #bbb); background: var(--jp-layout-color1, #fff); }
 .annotate button:hover:enabled { background: var(--jp-layout-color2, #eee); }
 .annotate button.on { border-color: var(--jp-brand-color1, #1976d2); box-shadow: inset 0 0 0 1px; font-weight: 600; }
 .annotate button:disabled { opacity: 0.45; cursor: default; }

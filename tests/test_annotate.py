@@ -1,4 +1,4 @@
-"""Annotation: nothing is lost, the answer exported is the one that was meant, and people do not see what they must not."""
+"""Annotation: nothing is lost, what is exported is what was meant, and people do not see what they must not."""
 
 import json
 import os
