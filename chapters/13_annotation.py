@@ -537,14 +537,14 @@ ORDER BY opened DESC NULLS LAST, taken, id LIMIT 1
 """
 
 # %% [markdown]
-# Two people, one file, the same seven items. They get different ones. Half of the time the first answer stands on the
+# Two people, one file, the same seven items. They get different ones. The first answer of an item may stand on the
 # right, and what is stored does not depend on it:
 
 # %%
 from llama2lib.desk import Desk, Study, unblind
 
 pairs = [{"messages": question, "answers": [f"Tom lives in Oslo, {n}.", f"Oslo, {n}."]} for n in range(7)]
-desk = Desk(folder / "first.sqlite", Study("first", safety=True))
+desk = Desk(folder / "first.sqlite", Study("first", safety=True, seed=3))
 assert desk.add(pairs) == 7 and desk.add(pairs) == 0
 for annotator in ("ann", "bob", "ann"):
     task = desk.next_task(annotator)
@@ -850,7 +850,13 @@ def screen_class() -> type:
 # %% [markdown]
 # The annotator's session: the keys 1 to 8 are the scale from left to right, one key for one annotation. Where safety
 # matters it is asked first, and the scale is closed until that is answered. The reviewer's session shows the choice,
-# and the same keys edit it.
+# and the same keys edit it. A study of one's own takes a cell:
+#
+# ```python
+# desk = Desk("study.sqlite", Study("pilot", per_item=2, safety=True))
+# desk.add(read_items("items.jsonl"))
+# widget(desk, "your name")
+# ```
 
 
 # %%

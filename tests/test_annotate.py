@@ -853,6 +853,7 @@ def browser(tmp_path):
 
 
 def test_keys_and_clicks_in_a_real_browser(browser, tmp_path):
+    "LLAMA2_SCREENSHOT=name.png keeps what it looked like."
     import nbformat
     from selenium.webdriver.common.action_chains import ActionChains
 
