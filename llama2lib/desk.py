@@ -354,8 +354,9 @@ def review(
     if (decision == "edit") != (choice is not None):
         raise ValueError("an edit, and nothing else, needs the edited choice")
     found = {a.id: a for a in desk.annotations()}.get(annotation)
+    gone = f"annotation {annotation}: there is none, or it was taken back"
     if found is None:
-        raise ValueError(f"annotation {annotation}: there is none, or it was taken back")
+        raise ValueError(gone)
     if not reviewer.strip() or reviewer == found.annotator:
         raise ValueError(f"reviewer {reviewer!r}: expected somebody other than the annotator")
     if choice is not None:
@@ -363,11 +364,13 @@ def review(
         if choice.get("better") != found.choice.get("better"):
             raise ValueError("an edit does not change which answer is better; reject the annotation instead")
     with desk.transaction() as db:
-        db.execute(
+        stored = db.execute(
             """INSERT INTO reviews (annotation, reviewer, decision, feedback, choice, at)
             SELECT id, ?, ?, ?, ?, ? FROM annotations WHERE id = ? AND superseded IS NULL""",
             (reviewer, decision, feedback.strip(), choice and json.dumps(choice), now(), annotation),
         )
+        if not stored.rowcount:  # taken back in between
+            raise ValueError(gone)
         if decision == "reject":  # nobody has the item open now
             query = "UPDATE handed SET at = '' WHERE (item, annotator) = (?, ?)"
             db.execute(query, (found.item, found.annotator))

@@ -421,6 +421,16 @@ def test_nobody_reviews_themselves(new):
         review(desk, number, "bob", "accept")
 
 
+def test_a_review_of_what_was_taken_back_meanwhile_is_refused(new, monkeypatch):
+    desk = new(1)
+    number = say(desk, "ann", 0)
+    seen = desk.annotations()
+    desk.undo("ann")
+    monkeypatch.setattr(Desk, "annotations", lambda self: seen)
+    with pytest.raises(ValueError, match="taken back"):
+        review(desk, number, "bob", "approve")
+
+
 def test_the_review_screen_approves_edits_and_rejects(new):
     desk = new(4, safety=True)
     for _ in range(4):
