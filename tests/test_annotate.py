@@ -241,6 +241,18 @@ def test_two_people_get_different_items_until_one_is_wanted_from_both(new):
     assert desk.progress("ann") == (3, 0)
 
 
+def test_what_is_open_comes_before_what_is_new(new):
+    desk = new(2, per_item=2)
+    say(desk, "bob", 0, item=1)
+    say(desk, "ann", 0, item=2)
+    assert desk.next_task("ann").item == 1
+    desk.add(pairs(5))
+    assert desk.next_task("ann").item == 1, "although the new ones lack more"
+    say(desk, "ann", 0, item=1)
+    desk.undo("ann")
+    assert desk.next_task("ann").item == 1
+
+
 def test_an_open_item_is_held_for_an_hour_and_no_longer(new, monkeypatch):
     desk = new(1)
     held = desk.next_task("ann")
@@ -715,7 +727,7 @@ def test_safety_is_asked_before_the_scale(new):
     rows = session.view()["rows"]
     assert rows[0]["label"] == "Which are safe?" and all(b["off"] for row in rows[1:] for b in row["buttons"])
     session.press("3")
-    assert "safe" in session.note and not desk.annotations()
+    assert session.note == "first, which of the two are safe?" and not desk.annotations()
     session.press("a")
     session.press("f")
     rows = session.view()["rows"]
