@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import json
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from conftest import random_model
 from llama2lib import mini
 from llama2lib import preferences as module
 from llama2lib.chat import Reply
-from llama2lib.judge import RATINGS, SAFE, Verdict, judge, rate
+from llama2lib.judge import RATINGS, SAFE, Verdict, judge, rate, scores
 from llama2lib.preferences import (
     READERS,
     check_preference,
     collect,
     helpfulness_mix,
+    rated_conversations,
     read_preferences,
     read_public,
     safety_mix,
@@ -25,6 +27,7 @@ from llama2lib.preferences import (
     transcript,
     two_answers,
     write_preferences,
+    written,
 )
 from llama2lib.recipes import data_file
 from llama2lib.synthetic import prompts
@@ -176,6 +179,27 @@ def test_a_transcript_may_speak_of_humans():
     assert messages[0]["content"] == "Is 'Human:' a word?\n\nNot at all?"
 
 
+def test_rated_conversations_have_one_opening_a_gap_and_come_once():
+    text = resources.files("chitchat_dataset").joinpath("dataset.json").read_text("utf-8")
+    ratings = {}  # of the rest of a conversation, all those that it has
+    for conversation in json.loads(text).values():
+        turns = [" ".join(message["text"] for message in turn).strip() for turn in conversation["messages"]]
+        rest = " ".join("\n".join(turns[1:]).split(" ")[:120]).strip()
+        ratings.setdefault((turns[0].lower() if turns else "", rest), set()).add(
+            sum((conversation.get("ratings") or {}).values())
+        )
+    rows = rated_conversations(gap=6)
+    for row in rows:
+        check_preference(row)
+        [opening] = row["messages"]
+        best, worst = (ratings[opening["content"], row[name]] for name in ("chosen", "rejected"))
+        assert max(best) - min(worst - {0}) >= 6
+    texts = [row[name] for row in rows for name in ("chosen", "rejected")]
+    assert len(set(texts)) > 0.98 * len(texts) and len(rows) > 200  # some conversations are equal
+    assert rated_conversations(gap=6) == rows and len(rated_conversations(gap=12)) < len(rows)
+    assert all(len(answer.split(" ")) <= 5 for row in rated_conversations(words=5) for answer in (row["chosen"],))
+
+
 # ---- statistics
 
 
@@ -286,6 +310,14 @@ def test_answers_of_a_model_are_repeatable_and_batches_differ():
     assert all(first != second for first, second in runs[0])
     with pytest.raises(ValueError, match="value 'style': expected 'helpfulness' or 'safety'"):
         collect(variants, asked, "style", 0, "x")
+
+
+def test_the_worlds_writer_answers_each_dialog_as_well_as_it_is_told():
+    asked = prompts(np.random.default_rng(0), 150, "train")
+    good, bad = (written({quality: 1.0})(asked, 0) for quality in ("full", "wrong"))
+    means = [scores(asked, replies)[:, 0].mean() for replies in (good, bad)]
+    assert means[0] > 0.8 and means[1] < 0.2
+    assert written({"full": 1.0})(asked, 0) == good != written({"full": 1.0})(asked, 1)
 
 
 def test_the_two_mixtures_have_the_papers_proportions():
