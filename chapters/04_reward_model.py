@@ -900,6 +900,21 @@ def train_reward(
         yield RewardStep(step, loss, lr, norm, tokens, right.item() / len(these))
 
 
+# %%
+constants = paper.TEXT["Section 3.2.2"]
+for name in ("epochs", "warmup", "final_lr", "batch_pairs"):
+    ledger.record("Section 3.2.2", name, "preset", constants[name], getattr(REWARD["paper"], name),
+                  evidence=f"llama2lib/reward.py::{name}")  # fmt: skip
+ledger.record("Section 3.2.2", "min_warmup_steps", "preset", constants["min_warmup_steps"], REWARD["paper"].min_warmup,
+              evidence="llama2lib/reward.py::min_warmup")  # fmt: skip
+for size, recipe in {"7B": "paper", "13B": "paper", "34B": "paper", "70B": "paper-70B"}.items():
+    ledger.record("Section 3.2.2", f"{size}: learning rate", "preset", constants["lr"][size], REWARD[recipe].lr,
+                  evidence="llama2lib/reward.py::REWARD")  # fmt: skip
+for size, column in paper.PAPER["Table 27"].items():
+    for rating, margin in zip(RATINGS, column.values(), strict=True):
+        ledger.record("Table 27", f"{size} margin, {rating}", "preset", margin, MARGINS[size][rating],
+                      evidence="llama2lib/reward.py::MARGINS")  # fmt: skip
+
 # %% [markdown]
 # Training leaves a model that scores any answer to any conversation, alone, without the one it was compared with. For a
 # whole set, rows are again sorted by length.

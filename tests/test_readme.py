@@ -1,4 +1,4 @@
-"""The README's example runs as printed, on a small model in place of Meta's."""
+"""The README's examples run as printed, on a small model in place of Meta's."""
 
 import re
 import shlex
@@ -12,21 +12,35 @@ from conftest import random_model
 
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.model import LLAMA2
+from llama2lib.reward import RewardModel
 from llama2lib.tokenizer import train_tokenizer
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
 
 def test_the_example_loads_writes_and_saves(tmp_path, monkeypatch, capsys):
     tokenizer = train_tokenizer(["the capital of france is warm and water boils"] * 9, 300, tmp_path / "t.model")
     shape = vars(replace(LLAMA2["debug"], vocab_size=300))
     save_checkpoint(random_model(**shape), tmp_path / "Llama-2-7b", tokenizer=tokenizer)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    code, _ = EXAMPLES
     assert 'device="cuda", dtype=torch.bfloat16' in code
     monkeypatch.chdir(tmp_path)
     exec(code.replace('device="cuda", dtype=torch.bfloat16', 'device="cpu"'), {})
     assert capsys.readouterr().out.startswith("The capital of France is")
     assert load_checkpoint(tmp_path / "copy").config == load_checkpoint(tmp_path / "Llama-2-7b").config
+
+
+def test_the_example_scores_an_answer(tmp_path, monkeypatch, capsys):
+    tokenizer = train_tokenizer(["[INST] where does tom live [/INST] in oslo"] * 9, 300, tmp_path / "t.model")
+    model = RewardModel.of(random_model(**vars(replace(LLAMA2["debug"], vocab_size=300))))
+    model.score.weight.data.fill_(0.1)
+    save_checkpoint(model, tmp_path / "runs" / "rm" / "model", tokenizer=tokenizer)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(EXAMPLES[1], names)
+    scores = names["scorer"]([names["dialog"]])
+    assert capsys.readouterr().out == f"{scores}\n" and scores[0]
 
 
 COMMANDS = re.findall(r"-m (llama2lib\.\w+) ([^\n#]*)", README.read_text())
