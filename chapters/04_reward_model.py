@@ -609,6 +609,7 @@ class RewardModel(Llama):
         if self.rope.device != tokens.device:
             self.rope = rope_table(self.config, tokens.device)
         positions, mask = forked(forks, tokens.shape[1])
+        positions = positions.clamp(max=self.config.max_seq_len - 1)  # what fills a row up may stand beyond
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, self.rope[positions], None, mask)
@@ -766,7 +767,7 @@ print(reads[0, 0].int())
 # warm-up over 3 % of the steps and at least 5, a cosine to a tenth, 512 pairs in a batch.
 #
 # > Ours: the margin of the final models is not printed; Table 28 puts the small one slightly ahead on average, and we
-# > take it. The recipe `mini` has smaller batches and a learning rate like that of its fine-tuning.
+# > take it. The recipe `mini` has smaller batches and a larger learning rate.
 
 
 # %%
@@ -950,8 +951,12 @@ def score(
 def score_pairs(
     model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 128
 ) -> Float[np.ndarray, "2 N"]:
-    "Scores of the chosen and of the rejected answers of comparisons, `batch` of them in one forward pass."
-    pairs, scores, training = [encode_pair(tokenizer, row) for row in rows], np.empty((2, len(rows))), model.training
+    """Scores of the chosen and of the rejected answers of comparisons, `batch` of them in one forward pass.
+
+    ValueError for one that is longer than the model's context.
+    """
+    pairs = [encode_pair(tokenizer, row, length=model.config.max_seq_len) for row in rows]
+    scores, training = np.empty((2, len(rows))), model.training
     order = np.argsort([pair.size for pair in pairs])
     model.eval()
     for these in np.array_split(order, math.ceil(len(rows) / batch)):
@@ -1200,9 +1205,9 @@ for name in ("HH harmless", "rated conversations"):
           f"{baseline:.1%}; rank correlation of score and length {follows:.2f}")  # fmt: skip
 
 # %% [markdown]
-# Neither set teaches a model of this size much. Where people rate whole conversations, the longer one tends to win, and
-# what is learned from that is length: an optimiser would be paid for talking on. That is reward hacking before any
-# reinforcement learning, and it sits in the data. It is why the paper shows annotators two answers to one prompt.
+# Where people rate whole conversations, the longer one tends to win, and what is learned from that is length: an
+# optimiser would be paid for talking on. That is reward hacking before any reinforcement learning, and it sits in the
+# data.
 #
 # ## What it took
 #

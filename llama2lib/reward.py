@@ -102,6 +102,7 @@ class RewardModel(Llama):
         if self.rope.device != tokens.device:
             self.rope = rope_table(self.config, tokens.device)
         positions, mask = forked(forks, tokens.shape[1])
+        positions = positions.clamp(max=self.config.max_seq_len - 1)  # what fills a row up may stand beyond
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, self.rope[positions], None, mask)
@@ -363,8 +364,12 @@ def score(
 def score_pairs(
     model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 128
 ) -> Float[np.ndarray, "2 N"]:
-    "Scores of the chosen and of the rejected answers of comparisons, `batch` of them in one forward pass."
-    pairs, scores, training = [encode_pair(tokenizer, row) for row in rows], np.empty((2, len(rows))), model.training
+    """Scores of the chosen and of the rejected answers of comparisons, `batch` of them in one forward pass.
+
+    ValueError for one that is longer than the model's context.
+    """
+    pairs = [encode_pair(tokenizer, row, length=model.config.max_seq_len) for row in rows]
+    scores, training = np.empty((2, len(rows))), model.training
     order = np.argsort([pair.size for pair in pairs])
     model.eval()
     for these in np.array_split(order, math.ceil(len(rows) / batch)):

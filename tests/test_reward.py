@@ -139,6 +139,25 @@ def test_the_two_answers_of_a_row_do_not_see_each_other(tokenizer, pairs):
     assert (other[:, 0] - together[:, 0]).abs().median() > 1e-2
 
 
+def test_a_row_of_two_answers_may_be_longer_than_the_context_a_conversation_may_not(tokenizer):
+    "One answer after the other is more than the context holds, beside a row that is mostly filling."
+    longest = max(ROWS, key=lambda row: len(encode_pair(tokenizer, row).chosen))
+    pair = encode_pair(tokenizer, longest)
+    context = max(len(pair.prompt + pair.chosen), len(pair.prompt + pair.rejected))
+    short = min(ROWS, key=lambda row: encode_pair(tokenizer, row).size)
+    model = RewardModel.of(random_model(vocab_size=tokenizer.vocab_size, max_seq_len=context))
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(1))
+    assert pair.size > context
+    together = score_pairs(model, tokenizer, [longest, short])
+    apart = np.hstack([score_pairs(model, tokenizer, [row]) for row in (longest, short)])
+    assert np.allclose(together, apart, atol=1e-4)
+    for name, scores in zip(("chosen", "rejected"), together, strict=True):
+        alone = score(model, tokenizer, [[*longest["messages"], {"role": "assistant", "content": longest[name]}]])
+        assert np.allclose(alone, scores[0], atol=1e-4)
+    with pytest.raises(ValueError, match=f"tokens with the conversation, more than max_seq_len {context}"):
+        score_pairs(model, tokenizer, [longest | {"chosen": longest["chosen"] + " the fox" * 3}])
+
+
 def test_forked_positions_and_masks_by_hand():
     positions, mask = forked(torch.tensor([[2, 3], [1, 3]]), 6)
     assert positions.tolist() == [[0, 1, 2, 2, 3, 4], [0, 1, 2, 1, 2, 3]]
