@@ -1205,11 +1205,11 @@ for name in ("HH harmless", "rated conversations"):
           f"{baseline:.1%}; rank correlation of score and length {follows:.2f}")  # fmt: skip
 
 # %% [markdown]
-# On what people find harmless, seven hundred pairs teach this model nothing that the test shows. The rated conversations
-# seem to teach it something, three right in four; but counting tokens does as well, and the scores follow length. Where
-# people rate whole conversations, the longer one tends to win, and an optimiser would be paid for talking on: reward
-# hacking that sits in the data, before any reinforcement learning. AlpacaEval has the same knot: where Llama-2-70b-chat
-# is compared, the longer answer wins 93 % of the time.
+# On what people find harmless, seven hundred pairs teach this model nothing that the test shows. The rated
+# conversations seem to teach it something, three right in four; but counting tokens does as well, and the scores
+# follow length. Where people rate whole conversations, the longer one tends to win, and an optimiser would be paid for
+# talking on: reward hacking that sits in the data, before any reinforcement learning. AlpacaEval has the same knot:
+# where Llama-2-70b-chat is compared, the longer answer wins 93 % of the time.
 #
 # ## What it took
 #
