@@ -394,7 +394,8 @@ if harmless and pieces:
     with warnings.catch_warnings(action="ignore"):  # the records left out are told below
         shown["half of its test set"] = sizes = statistics(read_public("harmless", harmless), Tokenizer(pieces))
     for place, name, most in ((2, "example", 5), (3, "prompt", 1), (4, "response", 2)):
-        ledger.record("Table 6", f"Anthropic Harmless: tokens per {name}", f"= paper ± {most}", printed[place],
+        said = f"Anthropic Harmless, half of its test set: tokens per {name}"
+        ledger.record("Table 6", said, f"= paper ± {most}", printed[place],
                       round(sizes[place], 1), evidence="chapters/04_reward_model.py::half of its test set")  # fmt: skip
 table(shown)
 
