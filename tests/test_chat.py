@@ -263,7 +263,10 @@ def test_python_m_chat_reads_a_pipe(folder):
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(folder):
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "llama2lib.chat", "--model", folder, "--max-new-tokens", "3000"]
+    # a background job of a shell is born deaf to SIGINT, and passes that on
+    code = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "runpy.run_module('llama2lib.chat', run_name='__main__')"
+    command = [sys.executable, "-c", code, "--model", folder, "--max-new-tokens", "3000"]
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
     os.close(terminal)
     seen = ""
