@@ -32,6 +32,18 @@ def random_model(shape: str = "GQA", seed: int = 0, **changes) -> Llama:
 
 
 @torch.no_grad()
+def dies_after(loop, steps: int):
+    "A training loop that raises RuntimeError, 'told to die', behind so many steps."
+
+    def dying(*args):
+        for step in loop(*args):
+            yield step
+            if step.step + 1 == steps:
+                raise RuntimeError("told to die")
+
+    return dying
+
+
 def greedy(model, prompt: list[int], new_tokens: int = 64) -> list[int]:
     "The likeliest continuation, computed without a cache."
     tokens = torch.tensor([prompt])

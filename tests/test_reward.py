@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import dies_after, random_model
 
 from llama2lib import reward as module
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint, save_meta
 from llama2lib.dialog import encode_dialog
-from llama2lib.distributed import StateFolder
+from llama2lib.distributed import Parallel, StateFolder
 from llama2lib.judge import RATINGS
 from llama2lib.launch import torchrun_arguments
 from llama2lib.preferences import write_preferences
@@ -361,6 +361,14 @@ def test_it_learns_which_answer_is_better_and_epochs_see_every_pair_once(tokeniz
     assert [s.lr for s in steps[-1:]] == pytest.approx([CONFIG.lr * 0.1])
 
 
+def test_a_compiled_model_learns_the_same(tokenizer, pairs):
+    plain, compiled = (
+        [s.loss for s in train_reward(RewardModel.of(chat_model(tokenizer)), pairs, replace(CONFIG, parallel=parallel))]
+        for parallel in (Parallel(), Parallel(compile=True))
+    )
+    assert compiled == pytest.approx(plain, rel=1e-5) and plain[-1] != plain[0]
+
+
 def test_warm_up_has_at_least_the_steps_that_are_asked_for(tokenizer, pairs):
     steps = list(train_reward(RewardModel.of(chat_model(tokenizer)), pairs, replace(CONFIG, min_warmup=5)))
     assert [s.lr / CONFIG.lr for s in steps[:5]] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and len(steps) == 6
@@ -435,14 +443,7 @@ def test_a_run_is_its_loop_from_the_chat_models_weights(recipe, alone, pairs, to
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(recipe, alone, tmp_path, monkeypatch):
     loop, stop = module.train_reward, len(log(alone)) - 1
-
-    def dying(*args):
-        for step in loop(*args):
-            yield step
-            if step.step + 1 == stop:
-                raise RuntimeError("told to die")
-
-    monkeypatch.setattr(module, "train_reward", dying)
+    monkeypatch.setattr(module, "train_reward", dies_after(loop, stop))
     torch.set_num_threads(1)
     with pytest.raises(RuntimeError, match="told to die"):
         run(replace(recipe, out=tmp_path))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import dies_after, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -383,14 +383,7 @@ def test_a_run_begins_with_metas_layout_too_and_a_tokenizer_that_lies_elsewhere(
 
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(recipe, alone, tmp_path, monkeypatch):
     loop, stop = module.sft, len(log(alone)) - 2
-
-    def dying(*args):
-        for step in loop(*args):
-            yield step
-            if step.step + 1 == stop:
-                raise RuntimeError("told to die")
-
-    monkeypatch.setattr(module, "sft", dying)
+    monkeypatch.setattr(module, "sft", dies_after(loop, stop))
     torch.set_num_threads(1)
     with pytest.raises(RuntimeError, match="told to die"):
         run(replace(recipe, out=tmp_path))
