@@ -1,7 +1,10 @@
 """Shared pieces: small random models of every attention kind, the real tokenizer, a cache that is thrown away."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +34,6 @@ def random_model(shape: str = "GQA", seed: int = 0, **changes) -> Llama:
     return model
 
 
-@torch.no_grad()
 def dies_after(loop, steps: int):
     "A training loop that raises RuntimeError, 'told to die', behind so many steps."
 
@@ -44,6 +46,7 @@ def dies_after(loop, steps: int):
     return dying
 
 
+@torch.no_grad()
 def greedy(model, prompt: list[int], new_tokens: int = 64) -> list[int]:
     "The likeliest continuation, computed without a cache."
     tokens = torch.tensor([prompt])
@@ -63,3 +66,12 @@ def real_tokenizer_file():
     if file is None:
         pytest.skip("needs llama2-tokenizer/tokenizer.model under LLAMA2_DATA")
     return file
+
+
+def torchrun(*arguments, timeout: int = 300, **environment: str) -> str:
+    "What processes under torchrun print; where one of them fails, the end of what they and torchrun complained."
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
+    assert ran.returncode == 0, ran.stderr[-8000:]  # torchrun's own report takes up to half of it
+    return ran.stdout

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -38,13 +38,8 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def torchrun(*arguments: str, nproc: int = 2, flags: tuple[str, ...] = (), timeout: int = 300):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
-    command += [str(WORKER), *arguments]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    ranks = ran.stderr.partition("] failed (exitcode")[0]  # before torchrun's report
-    assert ran.returncode == 0, ranks[-4000:]
+    command = ["--standalone", f"--nproc-per-node={nproc}", *flags, WORKER, *arguments]
+    conftest.torchrun(*command, timeout=timeout, MALLOC_MMAP_THRESHOLD_="65536")  # freed tensors go back to the system
 
 
 def losses(folder: Path, what: str = "loss") -> list[float]:

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -461,12 +459,7 @@ def torchrun(recipe: RewardConfig, out: Path, *options):
     options = ["--model", recipe.model, "--data", recipe.data, "--out", out, "--lr", recipe.lr, *options]
     options += ["--batch-pairs", recipe.batch_pairs, "--max-seq-len", recipe.max_seq_len, "--micro-batch", 1]
     options += ["--min-warmup", 0, "--auxiliary", recipe.auxiliary]
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += torchrun_arguments("llama2lib.reward", "mini", *options, nproc=2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return ran.stdout
+    return conftest.torchrun(*torchrun_arguments("llama2lib.reward", "mini", *options, nproc=2))
 
 
 @pytest.mark.parametrize("options", [(), ("--tp", 2)], ids=["data parallel", "tensor parallel"])

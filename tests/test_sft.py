@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import chain, combinations, islice
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -412,12 +411,7 @@ def torchrun(recipe: SFTConfig, out: Path, *options, nproc: int = 2):
     options = ["--model", recipe.model, "--data", recipe.data, "--out", out, "--lr", recipe.lr, *options]
     options += ["--batch-rows", recipe.batch_rows, "--max-seq-len", recipe.max_seq_len, "--micro-batch", 1]
     options += ["--block-diagonal" if recipe.block_diagonal else "--no-block-diagonal"]
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += torchrun_arguments("llama2lib.sft", "mini", *options, nproc=nproc)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return ran.stdout
+    return conftest.torchrun(*torchrun_arguments("llama2lib.sft", "mini", *options, nproc=nproc))
 
 
 def test_two_processes_learn_what_one_learns(recipe, alone, tmp_path):
