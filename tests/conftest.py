@@ -24,6 +24,15 @@ def throwaway_cache(tmp_path_factory):
     os.environ["LLAMA2_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    "Tiny matrices are faster without threads, and sums are in one order on every machine."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_model(shape: str = "GQA", seed: int = 0, **changes) -> Llama:
     "A model whose weights are large enough that every one of them shows in the logits."
     torch.manual_seed(seed)

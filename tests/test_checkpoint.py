@@ -59,13 +59,7 @@ def same_weights(a: Llama, b: Llama) -> bool:
     return all(n == m and p.dtype == q.dtype and torch.equal(p, q) for (n, p), (m, q) in pairs)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Tiny matrices are faster without threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------- transformers

@@ -59,13 +59,10 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(shards, tmp_path_factory) -> Path:
+def alone(shards, one_thread, tmp_path_factory) -> Path:
     "A run of one process."
     out = tmp_path_factory.mktemp("alone")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     run(config(json.dumps({"data": str(shards), "out": str(out)})))
-    torch.set_num_threads(threads)
     return out
 
 
