@@ -27,7 +27,6 @@ from llama2lib.corpus import PACKAGED
 from llama2lib.judge import judge, rate, read_task, scores
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.recipes import by_scale, data_file, scale, seeds
-from llama2lib.stats import paired_interval
 from llama2lib.synthetic import CLEAN, HELPFUL, dialogues, prompts
 from llama2lib.tokenizer import Tokenizer, train_tokenizer
 
@@ -847,10 +846,11 @@ SIZES = {  # parameters
     "1.3M": replace(LLAMA2["book-1M"], vocab_size=VOCABULARY),
     "2.4M": replace(LLAMA2["book-2M"], vocab_size=VOCABULARY),
 }
+SIZE = "1.3M"  # of the models that later chapters begin with
 DIALOGUES = by_scale(smoke=60, laptop=3000, a100=3000)
-TEXTS = by_scale(smoke=2000, laptop=135_000, a100=135_000)  # documents to pretrain on
+TEXTS = by_scale(smoke=2000, laptop=125_000, a100=125_000)  # documents to pretrain on
 BASE = replace(PRETRAIN["book-1M"], lr=4e-3, max_seq_len=128, batch_tokens=1024, micro_batch=8)
-BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_400_000, a100=3_400_000))
+BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_000_000, a100=3_000_000))
 
 
 def tokenizer() -> Tokenizer:
@@ -897,15 +897,13 @@ def loaded(size: str, weights: dict) -> Llama:
     return model
 
 
-def base(seed: int = 0, size: str = "1.3M") -> Llama:
+def base(seed: int = 0, size: str = SIZE) -> Llama:
     "The pretrained model of a seed, of one of SIZES."
     inputs = {"seed": seed, "size": size, "recipe": BASE, "documents": TEXTS}
     return loaded(size, cached(f"mini-base-{size}-seed{seed}", inputs, pretrained)["weights"])
 
 
-def tuned(
-    seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"], size: str = "1.3M"
-) -> Llama:
+def tuned(seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"], size: str = SIZE) -> Llama:
     "The base model of a seed after fine-tuning on dialogs."
     inputs = {"seed": seed, "size": size, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
     return loaded(size, cached(f"mini-tuned-{size}-seed{seed}", inputs, fine_tuned)["weights"])
@@ -916,7 +914,7 @@ def taught(seed: int = 0) -> list[list[Message]]:
     return dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS)
 
 
-def chat(seed: int = 0, size: str = "1.3M") -> Llama:
+def chat(seed: int = 0, size: str = SIZE) -> Llama:
     "The chat model of a seed: the base model after fine-tuning on the dialogues it is taught."
     return tuned(seed, taught(seed), size=size)
 
@@ -1018,6 +1016,50 @@ for number, kind in enumerate(HELPFUL):
     print(f"{messages[0]['content']}\n    {reply.text}  [{judge(messages, *reply).helpfulness:.2f}]")
 
 # %% [markdown]
+# ## Claims
+#
+# From here on the book tests claims with models of the mini world. Each claim is a difference of two lists of scores,
+# with a list for each seed, and becomes a row of the ledger.
+
+
+# %%
+#| export claims
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from llama2lib import ledger
+from llama2lib.stats import paired_interval
+
+
+def compare(
+    seeds: Sequence[int],
+    item: str,
+    claim: str,
+    criterion: str,
+    printed,
+    more: Sequence[Float[np.ndarray, "N"]],
+    less: Sequence[Float[np.ndarray, "N"]],
+    evidence: str,
+) -> dict:
+    """Record the mean of `more` minus `less`, scores for each seed, as a row of the ledger, and print its verdict.
+
+    item, claim, criterion, printed, evidence: as in `ledger.record`. Where lists differ in length, each is cut to the
+    shortest.
+    """
+    size = min(map(len, (*more, *less)))
+    more, less = (np.stack([np.asarray(part, float)[:size] for part in parts]) for parts in (more, less))
+    gap = paired_interval(more, less)
+    effects = dict(zip(seeds, (more - less).mean(1).tolist(), strict=True))
+    row = ledger.record(
+        item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
+    )
+    print(f"{claim}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")
+    return row
+
+
+# %% [markdown]
 # ## Quality is all you need
 #
 # The paper set millions of third-party examples aside for a few thousand of its own, and its results "notably
@@ -1029,6 +1071,10 @@ for number, kind in enumerate(HELPFUL):
 # > held-out prompts.
 
 # %%
+from functools import partial
+
+from llama2lib import claims
+
 NOISY = {"full": 0.2, "terse": 0.2, "wrong": 0.4, "repetitive": 0.2}
 few = by_scale(smoke=30, laptop=600, a100=600)
 
@@ -1040,16 +1086,7 @@ def by_quality(seed: int, clean: bool) -> Llama:
     return mini.tuned(seed, dialogs, replace(SFT["mini"], epochs=epochs))
 
 
-def compare(claim: str, criterion: str, printed, more: np.ndarray, less: np.ndarray, evidence: str):
-    "A ledger row of section 3.1 from scores [seeds, prompts]."
-    gap = paired_interval(more, less)
-    effects = dict(zip(runs, (more - less).mean(1).tolist(), strict=True))
-    row = ledger.record(
-        "Section 3.1", claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
-    )
-    print(f"{claim}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")
-
-
+compare = partial(claims.compare, runs, "Section 3.1")
 quality = {clean: np.stack([gold(by_quality(seed, clean), asked)[:, 0] for seed in runs]) for clean in (True, False)}
 print(f"{few} clean dialogues: {quality[True].mean():.2f}; {8 * few} noisy ones: {quality[False].mean():.2f}")
 compare(

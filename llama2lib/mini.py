@@ -4,6 +4,7 @@ __all__ = [
     "KINDS",
     "VOCABULARY",
     "SIZES",
+    "SIZE",
     "DIALOGUES",
     "TEXTS",
     "BASE",
@@ -44,10 +45,11 @@ SIZES = {  # parameters
     "1.3M": replace(LLAMA2["book-1M"], vocab_size=VOCABULARY),
     "2.4M": replace(LLAMA2["book-2M"], vocab_size=VOCABULARY),
 }
+SIZE = "1.3M"  # of the models that later chapters begin with
 DIALOGUES = by_scale(smoke=60, laptop=3000, a100=3000)
-TEXTS = by_scale(smoke=2000, laptop=135_000, a100=135_000)  # documents to pretrain on
+TEXTS = by_scale(smoke=2000, laptop=125_000, a100=125_000)  # documents to pretrain on
 BASE = replace(PRETRAIN["book-1M"], lr=4e-3, max_seq_len=128, batch_tokens=1024, micro_batch=8)
-BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_400_000, a100=3_400_000))
+BASE = replace(BASE, tokens=by_scale(smoke=60 * 1024, laptop=3_000_000, a100=3_000_000))
 
 
 def tokenizer() -> Tokenizer:
@@ -94,15 +96,13 @@ def loaded(size: str, weights: dict) -> Llama:
     return model
 
 
-def base(seed: int = 0, size: str = "1.3M") -> Llama:
+def base(seed: int = 0, size: str = SIZE) -> Llama:
     "The pretrained model of a seed, of one of SIZES."
     inputs = {"seed": seed, "size": size, "recipe": BASE, "documents": TEXTS}
     return loaded(size, cached(f"mini-base-{size}-seed{seed}", inputs, pretrained)["weights"])
 
 
-def tuned(
-    seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"], size: str = "1.3M"
-) -> Llama:
+def tuned(seed: int, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"], size: str = SIZE) -> Llama:
     "The base model of a seed after fine-tuning on dialogs."
     inputs = {"seed": seed, "size": size, "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
     return loaded(size, cached(f"mini-tuned-{size}-seed{seed}", inputs, fine_tuned)["weights"])
@@ -113,6 +113,6 @@ def taught(seed: int = 0) -> list[list[Message]]:
     return dialogues(np.random.default_rng([2, seed]), DIALOGUES, kinds=KINDS)
 
 
-def chat(seed: int = 0, size: str = "1.3M") -> Llama:
+def chat(seed: int = 0, size: str = SIZE) -> Llama:
     "The chat model of a seed: the base model after fine-tuning on the dialogues it is taught."
     return tuned(seed, taught(seed), size=size)

@@ -307,7 +307,7 @@ def dialogues(
 # ---------- chapters/12_mini_world.py · Documents
 
 DOCUMENTS = {
-    "facts": 9, "quiz": 30, "story": 3, "sums": 2, "counting": 1, "list": 2, "meanings": 4, "howto": 4, "words": 5,
+    "facts": 9, "quiz": 45, "story": 3, "sums": 2, "counting": 1, "list": 2, "meanings": 4, "howto": 4, "words": 5,
     "years": 1, "talk": 2, "said": 1,
 }  # fmt: skip
 
@@ -321,8 +321,8 @@ def document(random: Generator, kind: str) -> str:
             pronouns = ["", *(pronoun_of(c.relation, subject) if random.random() < 0.5 else "" for c in facts[1:])]
             return " ".join(state(random, fact, "all", pronoun) for fact, pronoun in zip(facts, pronouns, strict=True))
         case "quiz" | "list":
-            kinds = {k: max(w, 2) for k, w in HELPFUL.items() if k not in ("story", "self")}
-            kinds |= {"material": 1, "calculator": 1}
+            kinds = {k: max(w, 2) for k, w in HELPFUL.items() if k != "story"}
+            kinds |= {"list": 4, "material": 1, "calculator": 1}
             ask, relation, subject, choice = question(random, "list" if kind == "list" else pick(random, kinds), "all")
             reply = _body(random, make_task(relation, subject, choice=choice), "full", "all")
             front, back, agree, wish = (
@@ -345,7 +345,7 @@ def document(random: Generator, kind: str) -> str:
             parts = [state(random, Claim(r, subject, getattr(deed(subject), r)), "all") for r in ("tool", "step")]
             return " ".join([written(ask), *parts] if random.random() < 0.2 else parts)
         case "words":
-            words = listing(list(random.choice(WORDS, size=random.integers(2, 4), replace=False)))
+            words = listing(list(random.choice(WORDS, size=random.integers(2, 7), replace=False)))
             first, second = random.choice(PEOPLE, size=2, replace=False)
             return written(f"{first} said {words}") + " " + written(f"{second} said {words} too")
         case "years":
