@@ -260,7 +260,7 @@ class RewardConfig:
 REWARD = {
     "paper": RewardConfig(micro_batch=2, parallel=Parallel(ac="selective", reduce="micro_batch")),
     "paper-70B": RewardConfig(lr=5e-6, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
-    "mini": RewardConfig(lr=1e-3, batch_pairs=32, max_seq_len=512, micro_batch=8),
+    "mini": RewardConfig(lr=1e-3, batch_pairs=32, max_seq_len=512, micro_batch=4),
 }
 
 

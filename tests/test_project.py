@@ -177,8 +177,8 @@ def test_imports_point_one_way():
     order = ["recipes", "paper", "stats", "plots", "launch", "ledger", "model", "tokenizer", "formats"]
     order += ["checkpoint", "generation", "world", "grammar", "synthetic", "judge"]
     order += ["corpus", "cleaning", "shards", "optim", "distributed", "pretrain", "ablations", "scaling"]
-    order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "chat", "preferences", "reward"]
-    order += ["desk", "screen", "annotate"]
+    order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "claims", "chat", "preferences", "reward"]
+    order += ["mini_rewards", "desk", "screen", "annotate"]
     for file in ROOT.glob("llama2lib/*.py"):
         if file.stem == "__init__":
             continue
