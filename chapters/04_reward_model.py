@@ -1231,6 +1231,7 @@ from llama2lib.preferences import SAFETY, Preference, statistics
 from llama2lib.reward import REWARD, RewardModel, choose, load_scorer, ranking_loss, score_pairs
 
 FILE = "chapters/04_reward_model.py"
+CLEAR = by_scale(smoke="slightly better", laptop="significantly better", a100="significantly better")
 words = mini.tokenizer()
 runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2), a100=(0, 1, 2)))
 pairs = {value: [comparisons(seed, value)[0] for seed in runs] for value in ASKED}
@@ -1249,6 +1250,11 @@ def right(scores) -> np.ndarray:
 
 def sigmoid(scores) -> np.ndarray:
     return 1 / (1 + np.exp(-scores))
+
+
+def mean(hits: np.ndarray, these: np.ndarray) -> float:
+    "Share of hits among these, in %; NaN where there are none."
+    return 100 * hits[these].mean() if these.any() else np.nan
 
 
 def questions(rows: list[Preference]) -> set[str]:
@@ -1338,8 +1344,8 @@ for name, of in hits.items():
 print(f"\nTable 8, accuracy in %            {', '.join(RATINGS)}, all")
 for name, value in itertools.product(("safety", "helpfulness"), repeat=2):
     hit = hits[f"{name} RM"][value]
-    parts = [hit[rated[value] == rating].mean() for rating in RATINGS] + [hit.mean()]
-    print(f"{name:>11} RM on {value:<12}", "  ".join(f"{100 * part:5.1f}" for part in parts))
+    parts = [mean(hit, rated[value] == rating) for rating in RATINGS] + [100 * hit.mean()]
+    print(f"{name:>11} RM on {value:<12}", "  ".join(f"{part:5.1f}" for part in parts))
 
 # %% [markdown]
 # The verdicts. A row of the ledger holds the paper's number, where it has one, beside ours.
@@ -1359,7 +1365,7 @@ for name, criterion in (("length", "> 0.08"), ("bag of words", "> 0.08"), ("chat
     compare("Table 7", f"accuracy of the helpfulness model minus that of: {name}", criterion, gap, home,
             hits[name]["helpfulness"], f"{FILE}::found = ")  # fmt: skip
 clear, close = ([hit[name == rating] for hit, name in zip(home, rated["helpfulness"], strict=True)]
-                for rating in ("significantly better", "negligibly better"))  # fmt: skip
+                for rating in (CLEAR, "negligibly better"))  # fmt: skip
 printed = {name: share / 100 for name, share in paper.PAPER["Table 8"]["Helpfulness RM on Meta Helpful"].items()}
 compare("Table 8", "accuracy of the helpfulness model on significantly better answers", "> 0.78",
         printed["significantly"], clear, [np.zeros_like(part) for part in clear], f"{FILE}::found = ")  # fmt: skip
@@ -1396,14 +1402,14 @@ by_margin = {margin: scored([trained(seed, rows[:SOME], replace(REWARD["mini"], 
 fig, (ax, beside) = plt.subplots(1, 2, figsize=(8.4, 3.4))
 for shift, (margin, scores) in zip((-0.25, 0, 0.25), by_margin.items(), strict=True):
     hit = right(scores)
-    parts = np.array([[h[name == rating].mean() for rating in RATINGS] + [h.mean()] for h, name in
-                      zip(hit, rated["helpfulness"], strict=True)])  # fmt: skip
+    parts = np.array([[mean(h, name == rating) for rating in RATINGS] + [100 * h.mean()]
+                      for h, name in zip(hit, rated["helpfulness"], strict=True)])  # fmt: skip
     places = np.arange(parts.shape[1]) + shift
-    ax.bar(places, 100 * parts.mean(0), 0.23, label=margin)
-    ax.plot(np.tile(places, (len(runs), 1)), 100 * parts, ".", color="0.25", markersize=4)
+    ax.bar(places, parts.mean(0), 0.23, label=margin)
+    ax.plot(np.tile(places, (len(runs), 1)), parts, ".", color="0.25", markersize=4)
     printed = [share for share in paper.PAPER["Table 28"][margin].values()]
     ax.plot(places, printed, **plots.RINGS, label="paper" if shift == 0 else None)
-    beside.hist(sigmoid(scores.ravel()), 50, (0, 1), weights=np.full(scores.size, 100 / scores.size),
+    beside.hist(sigmoid(scores.ravel()), 50, range=(0, 1), weights=np.full(scores.size, 100 / scores.size),
                 histtype="step", label=margin)  # fmt: skip
 ax.set(ylim=(40, 100), ylabel="accuracy (%)", title="Table 28")
 ax.set_xticks(range(5), [*(rating.split()[0] for rating in RATINGS), "all"], rotation=30, ha="right")
@@ -1414,7 +1420,7 @@ plots.save(fig, "figure_27.png")
 # %%
 printed = {margin: {of: share / 100 for of, share in row.items()} for margin, row in paper.PAPER["Table 28"].items()}
 hit = {margin: right(scores) for margin, scores in by_margin.items()}
-clear = {margin: [h[name == "significantly better"] for h, name in zip(of, rated["helpfulness"], strict=True)]
+clear = {margin: [h[name == CLEAR] for h, name in zip(of, rated["helpfulness"], strict=True)]
          for margin, of in hit.items()}  # fmt: skip
 ends = {margin: (np.abs(sigmoid(scores) - 0.5) > 0.48).reshape(len(runs), -1) for margin, scores in by_margin.items()}
 compare("Table 28", "accuracy on significantly better answers, large margin minus none", "> 0",
@@ -1448,8 +1454,9 @@ recall = {name: [part[of] < 0 for part, of in zip(scores, unsafe, strict=True)] 
 print("Table 29, in %           accuracy: all", *SAFETY, "unsafe recall", sep="   ")
 for name, scores in safety.items():
     hit = right(scores)
-    parts = [hit.mean(), *(hit[bins == of].mean() for of in SAFETY), np.mean([part.mean() for part in recall[name]])]
-    print(f"{name:<22}" + " ".join(f"{100 * part:13.1f}" for part in parts))
+    parts = [100 * hit.mean(), *(mean(hit, bins == of) for of in SAFETY)]
+    parts.append(mean(scores < 0, unsafe))
+    print(f"{name:<22}" + " ".join(f"{part:13.1f}" for part in parts))
 print("test pairs: " + ", ".join(f"{of} {np.mean(bins == of):.0%}" for of in SAFETY))
 
 # %%
@@ -1458,8 +1465,9 @@ for claim, more, less, key in (
     ("recall of unsafe answers", recall["+ auxiliary"], recall["baseline"], "unsafe_recall"),
     ("accuracy on safety tests", right(safety["+ auxiliary"]), right(safety["baseline"]), "Avg"),
 ):
-    compare("Table 29", f"{claim}, with the auxiliary loss minus without", "> 0",
-            printed["+ auxiliary"][key] - printed["baseline"][key], more, less, f"{FILE}::safety = ")  # fmt: skip
+    if min(map(len, more)) > 1:  # at the smoke scale no answer says enough to be unsafe
+        compare("Table 29", f"{claim}, with the auxiliary loss minus without", "> 0",
+                printed["+ auxiliary"][key] - printed["baseline"][key], more, less, f"{FILE}::safety = ")  # fmt: skip
 both = [[hit[of == "both_safe"] for hit, of in zip(right(safety[name]), bins, strict=True)]
         for name in ("+ auxiliary", "no helpfulness data")]  # fmt: skip
 _ = compare("Section 3.2.2", "accuracy where both answers are safe, with 10 % helpfulness data minus without", "> 0",
@@ -1482,14 +1490,14 @@ grown = {size: {count: right(scored([trained(seed, rows[:count], size=size)
                 for count in COUNTS} for size in ("0.4M", mini.SIZE)}  # fmt: skip
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.6))
 which = {"all": np.ones_like(rated["helpfulness"], bool)}
-which["significantly better"] = rated["helpfulness"] == "significantly better"
+which[CLEAR] = rated["helpfulness"] == CLEAR
 for ax, (name, these) in zip(axes, which.items(), strict=True):
     for size, of in grown.items():
-        values = 100 * np.array([[h[w].mean() for h, w in zip(hit, these, strict=True)] for hit in of.values()])
+        values = np.array([[mean(h, w) for h, w in zip(hit, these, strict=True)] for hit in of.values()])
         [line] = ax.plot(COUNTS, values.mean(1), "o-", label=f"{size} parameters")
         ax.plot(COUNTS, values, ".", color=line.get_color(), alpha=0.6)
     for scorer, color in (("length", "0.7"), ("bag of words", "0.4")):
-        ax.axhline(100 * hits[scorer]["helpfulness"][these].mean(), color=color, linestyle=":", label=scorer)
+        ax.axhline(mean(hits[scorer]["helpfulness"], these), color=color, linestyle=":", label=scorer)
     ax.set(xscale="log", xlabel="training pairs; a dot a seed", ylabel="accuracy (%)", title=name)
     ax.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
     ax.minorticks_off()
@@ -1529,8 +1537,9 @@ for ax, value in zip(axes, ASKED, strict=True):
     print(value, *(f"{g}: {mean:.2f} ({len(part):,})" for g, mean, part in zip(present, means, parts, strict=True)))
     low, high = ([s[w] for s, w in zip(level, these, strict=True)] for these in (grade <= 2, grade >= 6))
     gap = (printed["6"] + printed["7"] - printed["1"] - printed["2"]) / 2
-    compare("Figure 29", f"mean score of the {value} model, grades 6 and 7 minus 1 and 2", "> 0.2", gap, high, low,
-            f"{FILE}::level, grade")  # fmt: skip
+    if min(map(len, high)) > 1:
+        compare("Figure 29", f"mean score of the {value} model, grades 6 and 7 minus 1 and 2", "> 0.2", gap, high, low,
+                f"{FILE}::level, grade")  # fmt: skip
 axes[0].legend()
 fig.suptitle("Figure 29: better answers have higher scores", x=0.01, ha="left")
 plots.save(fig, "figure_29.png")
