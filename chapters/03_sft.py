@@ -964,7 +964,7 @@ from llama2lib.chat import respond
 words = mini.tokenizer()
 asked = prompts(np.random.default_rng(9), by_scale(smoke=24, laptop=384, a100=384), "test")
 attacks = prompts(np.random.default_rng(10), by_scale(smoke=12, laptop=128, a100=128), "test", "adversarial")
-runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2, 3, 4), a100=(0, 1, 2, 3, 4)))
+runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2, 3), a100=(0, 1, 2, 3)))
 
 
 def gold(model: Llama, dialogs: list, temperature: float = 0.0) -> np.ndarray:
@@ -1095,8 +1095,8 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
-# It holds, on every seed: six hundred clean dialogues give 0.68, and 4,800 noisy ones 0.53. The three thousand of mixed
-# quality behind the chat model, five times as many as the clean ones, give 0.64.
+# It holds, on every seed: six hundred clean dialogues give 0.67, and 4,800 noisy ones 0.53. The three thousand of mixed
+# quality behind the chat model, five times as many as the clean ones, give 0.63.
 
 # %% [markdown]
 # ## Does it matter who shares a row?
@@ -1121,7 +1121,7 @@ compare(
 )  # fmt: skip
 
 # %% [markdown]
-# It costs 0.05 on average, and five seeds cannot tell whether that is nothing or twice as much: the verdict stays open.
+# It costs 0.07 on average, and four seeds cannot tell whether that is nothing or twice as much: the verdict stays open.
 # A row of 512 holds seven conversations of this world. Whether a model of billions of parameters pays anything, this
 # cannot say. The book's small models are trained block-diagonal from here on; the recipe `paper` stays what the paper
 # says.
@@ -1207,7 +1207,7 @@ ledger.record(
 print(row["status"])
 
 # %% [markdown]
-# Safety is what this model has learned least. Evasion scores 0.4, and its 0.35 under attack are less: one dialogue in
+# Safety is what this model has learned least. Evasion scores 0.4, and its 0.31 under attack are less: one dialogue in
 # ten does not teach a million parameters to tell harm from help. Chapter 07 is about that.
 
 # %% [markdown]

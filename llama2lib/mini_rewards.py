@@ -4,6 +4,7 @@ __all__ = [
     "ASKED",
     "BATCHES",
     "BATCH",
+    "PAIRS",
     "TEMPERATURES",
     "OTHER",
     "AUXILIARY",
@@ -39,6 +40,7 @@ BATCHES = {  # of comparisons, by split
                      a100={"helpfulness": 4, "safety": 2}),
 }  # fmt: skip
 BATCH = by_scale(smoke=40, laptop=1000, a100=1000)  # prompts of a batch
+PAIRS = by_scale(smoke=40, laptop=20_000, a100=20_000)  # that the final helpfulness model learns from
 TEMPERATURES = (0.3, 0.6, 0.9)
 OTHER = {"full": 0.3, "terse": 0.35, "repetitive": 0.35}  # qualities that the second variant learns from
 AUXILIARY = 1.0  # weight of the safety loss
@@ -90,12 +92,13 @@ def trained(
 
 
 def mixture(seed: int, value: str) -> list[Preference]:
-    "What the final reward model of 'helpfulness' or 'safety' learns from (section 3.2.2)."
+    "The paper's mixture for the reward model of 'helpfulness' or 'safety' (section 3.2.2)."
     helpful, safe = (comparisons(seed, name)[0] for name in ASKED)
     return helpfulness_mix(helpful, safe, seed) if value == "helpfulness" else safety_mix(safe, helpful, seed)
 
 
 def reward_model(seed: int, value: str = "helpfulness", size: str = mini.SIZE) -> RewardModel:
-    "The final reward model of a seed; that of 'safety' has the auxiliary loss."
-    recipe = REWARD["mini"] if value == "helpfulness" else replace(REWARD["mini"], auxiliary=AUXILIARY)
-    return trained(seed, mixture(seed, value), recipe, size)
+    "The final reward model of a seed: of 'helpfulness', by its own pairs; of 'safety', by the mixture and both losses."
+    if value == "helpfulness":
+        return trained(seed, comparisons(seed, value)[0][:PAIRS], size=size)
+    return trained(seed, mixture(seed, value), replace(REWARD["mini"], auxiliary=AUXILIARY), size)

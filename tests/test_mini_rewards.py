@@ -26,16 +26,19 @@ rows = {" ".join(name): comparisons(0, *name)[0] for name in names}
 unused = {value: sum(comparisons(0, value)[1].values()) for value in mini_rewards.ASKED}
 some = rows["helpfulness train"][:20]
 models = {"helpfulness": reward_model(0), "safety": reward_model(0, "safety"),
-          "plain": trained(0, mixture(0, "safety")), "some": trained(0, some),
-          "other seed": trained(1, some), "fewer": trained(0, some[:19]),
+          "plain": trained(0, mixture(0, "safety")), "mixed": trained(0, mixture(0, "helpfulness")),
+          "some": trained(0, some), "other seed": trained(1, some), "fewer": trained(0, some[:19]),
           "margin": trained(0, some, replace(REWARD["mini"], margin="large")), "small": trained(0, some, size="0.4M")}
+pairs = comparisons(0, "helpfulness")[0][: mini_rewards.PAIRS]
+both_losses = replace(REWARD["mini"], auxiliary=AUXILIARY)
+same = [digest(model) for model in (trained(0, pairs), trained(0, mixture(0, "safety"), both_losses))]
 by_hand = RewardModel.of(mini.chat(1))
 recipe = replace(REWARD["mini"], seed=1)
 list(train_reward(by_hand, [encode_pair(mini.tokenizer(), row, recipe.margin) for row in some], recipe))
 print(json.dumps({"rows": rows, "unused": unused, "batch": mini_rewards.BATCH, "batches": mini_rewards.BATCHES["train"],
                   "mixtures": {value: mixture(0, value) for value in mini_rewards.ASKED},
                   "models": {name: digest(model) for name, model in models.items()}, "by hand": digest(by_hand),
-                  "small": models["small"].config.dim}))
+                  "same": same, "small": models["small"].config.dim}))
 """
 
 
@@ -88,3 +91,4 @@ def test_seed_rows_recipe_and_size_make_the_model(made):
     models = made["models"]
     assert len(set(models.values())) == len(models)
     assert made["by hand"] == models["other seed"] and made["small"] == 64
+    assert made["same"] == [models["helpfulness"], models["safety"]]
