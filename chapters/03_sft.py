@@ -1089,13 +1089,13 @@ def by_quality(seed: int, clean: bool) -> Llama:
 compare = partial(claims.compare, runs, "Section 3.1")
 quality = {clean: np.stack([gold(by_quality(seed, clean), asked)[:, 0] for seed in runs]) for clean in (True, False)}
 print(f"{few} clean dialogues: {quality[True].mean():.2f}; {8 * few} noisy ones: {quality[False].mean():.2f}")
-compare(
+_ = compare(
     "gold helpfulness of few clean minus many noisy dialogues, equal steps", "> 0", "results notably improved",
     quality[True], quality[False], "chapters/03_sft.py::by_quality",
 )  # fmt: skip
 
 # %% [markdown]
-# It holds, on every seed: six hundred clean dialogues give 0.67, and 4,800 noisy ones 0.53. The three thousand of mixed
+# It holds, on every seed: six hundred clean dialogues give 0.66, and 4,800 noisy ones 0.52. The three thousand of mixed
 # quality behind the chat model, five times as many as the clean ones, give 0.63.
 
 # %% [markdown]
@@ -1115,7 +1115,7 @@ def concatenated(seed: int) -> Llama:
 
 leaking = np.stack([gold(concatenated(seed), asked)[:, 0] for seed in runs])
 print(f"concatenated {leaking.mean():.2f}, block-diagonal {helpful['fine-tuned'].mean():.2f}")
-compare(
+_ = compare(
     "gold helpfulness of concatenated minus block-diagonal rows", "> -0.05", "all prompts and answers concatenated",
     leaking, helpful["fine-tuned"], "chapters/03_sft.py::concatenated",
 )  # fmt: skip
@@ -1165,7 +1165,7 @@ print(f"{np.mean([messages[-2]['content'] in met for messages in new]):.0%} of t
 won, both = (np.stack(part) for part in zip(*(audit(seed) for seed in runs), strict=True))
 print(f"model {(won == 1).mean():.0%}, neither {(won == 0.5).mean():.0%}, annotator {(won == 0).mean():.0%}; "
       f"gold helpfulness {both[:, 0].mean():.2f} and {both[:, 1].mean():.2f}")  # fmt: skip
-compare(
+_ = compare(
     "share of pairs won against new annotations, rated blind, ties half", "> 0.4", "often competitive",
     won, np.zeros_like(won), "chapters/03_sft.py::audit",
 )  # fmt: skip
