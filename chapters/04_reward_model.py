@@ -25,7 +25,7 @@ from scipy.stats import spearmanr
 from llama2lib import ledger, mini, paper, plots
 from llama2lib.dialog import encode_dialog
 from llama2lib.judge import RATINGS
-from llama2lib.recipes import by_scale, cached, data_file, seeds
+from llama2lib.recipes import by_scale, data_file, seeds
 from llama2lib.synthetic import HELPFUL, MIXED, dialogues
 from llama2lib.stats import gwet_ac1, paired_interval
 from llama2lib.tokenizer import Tokenizer
@@ -1127,15 +1127,14 @@ _ = launch("llama2lib.reward", "paper-70B", *options, "--auxiliary", 1, nproc=8,
 # %% [markdown]
 # ## On the mini world
 #
-# Now with the chat model of chapter 03 as the model that is asked, and the gold judge in the annotators' place. Its
-# second variant learned from dialogues of other draws, which are brief or repeat themselves more often. Both answer at
-# three temperatures. Tests are asked in wordings, and about people and things, that no training prompt has, and a
-# reward model is tested on answers of the very models whose answers it has learned from.
+# Now the section's results, with the chat model of chapter 03 as the model that is asked, and the gold judge in the
+# annotators' place. Its second variant learned from dialogues of other draws, which are brief or repeat themselves more
+# often. Both answer at three temperatures. Tests are asked in wordings, and about people and things, that no training
+# prompt has, and a reward model is tested on answers of the very models whose answers it has learned from.
 #
 # > Ours: batches of a thousand prompts; 22 of them for helpfulness and 6 for safety, where the paper has a million
-# > comparisons. `reward_model` gives the two final models of a seed to the later chapters: the one for helpfulness
-# > learns from its own pairs, the one for safety from the paper's mixture. What they reach, Tables 7, 8 and 27 to 29,
-# > is still to come in this chapter.
+# > comparisons. `reward_model` gives the two final models of a seed to the later chapters. The one for helpfulness
+# > learns from its own pairs alone, for a reason that the first table shows.
 
 
 # %%
@@ -1223,6 +1222,358 @@ def reward_model(seed: int, value: str = "helpfulness", size: str = mini.SIZE) -
         return trained(seed, comparisons(seed, value)[0][:PAIRS], size=size)
     return trained(seed, mixture(seed, value), replace(REWARD["mini"], auxiliary=AUXILIARY), size)
 
+
+# %%
+import itertools
+from functools import partial
+
+from llama2lib import claims, mini_rewards
+from llama2lib.judge import judge
+from llama2lib.mini_rewards import ASKED, comparisons, mixture, reward_model, trained
+from llama2lib.preferences import SAFETY, Preference, statistics
+from llama2lib.reward import REWARD, RewardModel, choose, load_scorer, ranking_loss, score_pairs
+
+FILE = "chapters/04_reward_model.py"
+CLEAR = by_scale(smoke="slightly better", laptop="significantly better", a100="significantly better")
+words = mini.tokenizer()
+runs = seeds(by_scale(smoke=(0, 1), laptop=(0, 1, 2), a100=(0, 1, 2)))
+pairs = {value: [comparisons(seed, value)[0] for seed in runs] for value in ASKED}
+tests = {value: [comparisons(seed, value, "test")[0] for seed in runs] for value in ASKED}
+tests = {value: [rows[: min(map(len, sets))] for rows in sets] for value, sets in tests.items()}  # as many a seed
+rated = {value: np.array([[row["rating"] for row in rows] for rows in sets]) for value, sets in tests.items()}
+gold = {value: np.array([[[getattr(judge(row["messages"], row[side]), value) for row in rows]
+                          for side in ("chosen", "rejected")] for rows in sets])
+        for value, sets in tests.items()}  # fmt: skip
+
+
+def right(scores) -> np.ndarray:
+    "1 for a pair whose chosen answer scores higher, 0.5 for equal scores; scores [seeds, 2, pairs] → [seeds, pairs]"
+    return (scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1])
+
+
+def sigmoid(scores) -> np.ndarray:
+    return 1 / (1 + np.exp(-scores))
+
+
+def mean(hits: np.ndarray, these: np.ndarray) -> float:
+    "Share of hits among these, in %; NaN where there are none."
+    return 100 * hits[these].mean() if these.any() else np.nan
+
+
+def questions(rows: list[Preference]) -> set[str]:
+    "The last messages of the users."
+    return {row["messages"][-1]["content"] for row in rows}
+
+
+for value in ASKED:
+    print(f"{value}: {np.mean([len(rows) for rows in pairs[value]]):,.0f} pairs a seed to learn from, "
+          f"{len(tests[value][0]):,} to test")  # fmt: skip
+    print(f"    not used, of seed {runs[0]}'s: {comparisons(runs[0], value)[1]}")
+    print("   ", ", ".join(f"{rating} {np.mean(rated[value] == rating):.0%}" for rating in RATINGS))
+    print(f"    the judge without its noise agrees with {right(gold[value]).mean():.1%} of the tests")
+    known = [questions(part) for part in pairs[value]]
+    assert not any(questions(part) & other for part, other in zip(tests[value], known, strict=True))
+table({f"ours, {value}": statistics(pairs[value][0], words) for value in ASKED})
+
+# %% [markdown]
+# The raters' noise bounds what a scorer can reach: where the judge sees no difference, there is none to learn.
+#
+# ### Tables 7 and 8: who agrees with the raters?
+#
+# Table 7 asks each reward model about each kind of test, and sets other scorers beside them. Three are simple here:
+# length; a bag of words, which weighs how often each piece stands in an answer and fits the weights to the training
+# pairs by Equation 1; and the chat model that is asked 'A or B', as the authors ask GPT-4.
+#
+# > Ours: criteria, written before the runs. Each reward model is better at home than the other one. The helpfulness
+# > model agrees with more than 65 % of all pairs and 78 % of the significantly better ones, which is more than 20
+# > points above the negligibly better ones; it is more than 8 points ahead of length and of the bag of words, and
+# > ahead of the chat model. Intervals are over seeds and pairs; each seed has its own tests. They were written for the
+# > paper's mixture, helpfulness pairs and as many others as there are; the first is tested for this one, too, and the
+# > rest for the model that learns from helpfulness pairs alone.
+
+
+# %%
+def by_length(rows: list[Preference], tests: list[Preference]) -> np.ndarray:
+    "Scores of test pairs by length, with the sign that is right more often in training. → [2, pairs]"
+    sizes = [np.array([[len(words.encode(row[name])) for row in part] for name in ("chosen", "rejected")], float)
+             for part in (rows, tests)]  # fmt: skip
+    return sizes[1] if accuracy(sizes[0], rows)["all"] > 0.5 else -sizes[1]
+
+
+def by_words(rows: list[Preference], tests: list[Preference]) -> np.ndarray:
+    "Scores of test pairs by a weighted count of an answer's pieces, fitted to training pairs. → [2, pairs]"
+
+    def counted(part, side):
+        counts = torch.zeros(len(part), words.vocab_size)
+        for count, row in zip(counts, part, strict=True):
+            ids = torch.tensor(words.encode(row[side]))
+            count.index_add_(0, ids, torch.ones(len(ids)))
+        return counts
+
+    difference, weights = counted(rows, "chosen") - counted(rows, "rejected"), torch.zeros(words.vocab_size)
+    optimizer = torch.optim.LBFGS([weights.requires_grad_()], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = ranking_loss(difference @ weights, torch.zeros(len(rows))) + 1e-3 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return np.stack([(counted(tests, side) @ weights).detach().numpy() for side in ("chosen", "rejected")])
+
+
+def by_letter(seed: int, tests: list[Preference]) -> np.ndarray:
+    "How much the chat model prefers the chosen answers of test pairs, beside zero. → [2, pairs]"
+    preferred = choose(mini.chat(seed), words, tests)
+    return np.stack([preferred, np.zeros_like(preferred)])
+
+
+def scored(models: list[RewardModel], value: str) -> np.ndarray:
+    "Scores of the tests of a value, by the reward model of each seed. → [seeds, 2, pairs]"
+    return np.stack([score_pairs(model, words, rows) for model, rows in zip(models, tests[value], strict=True)])
+
+
+final = {value: [reward_model(seed, value) for seed in runs] for value in ASKED}
+found = {
+    name: {value: np.stack([scorer(*part) for part in zip(pairs[value], tests[value], strict=True)]) for value in ASKED}
+    for name, scorer in (("length", by_length), ("bag of words", by_words))
+}
+found["chat model, A or B"] = {value: np.stack(list(map(by_letter, runs, tests[value]))) for value in ASKED}
+mixed = [trained(seed, mixture(seed, "helpfulness")) for seed in runs]
+for name, models in (("safety", final["safety"]), ("mixed", mixed), ("helpfulness", final["helpfulness"])):
+    found[f"{name} RM"] = {value: scored(models, value) for value in ASKED}
+hits = {name: {value: right(scores) for value, scores in of.items()} for name, of in found.items()}
+print(f"Table 7, accuracy in %     {'   '.join(ASKED)}")
+for name, of in hits.items():
+    print(f"{name:<27}{100 * of['helpfulness'].mean():11.1f}   {100 * of['safety'].mean():6.1f}")
+print(f"\nTable 8, accuracy in %            {', '.join(RATINGS)}, all")
+for name, value in itertools.product(("safety", "mixed", "helpfulness"), ASKED):
+    hit = hits[f"{name} RM"][value]
+    parts = [mean(hit, rated[value] == rating) for rating in RATINGS] + [100 * hit.mean()]
+    print(f"{name:>11} RM on {value:<12}", "  ".join(f"{part:5.1f}" for part in parts))
+
+# %% [markdown]
+# The verdicts. A row of the ledger holds the paper's number, where it has one, beside ours.
+
+# %%
+compare = partial(claims.compare, runs)
+home = hits["helpfulness RM"]["helpfulness"]
+printed = {name: {of: (share or 0) / 100 for of, share in row.items()} for name, row in paper.PAPER["Table 7"].items()}
+for value, other, column in (("helpfulness", "safety", "Meta-Helpful"), ("safety", "helpfulness", "Meta-Safety")):
+    gap = printed[f"{value.title()} RM"][column] - printed[f"{other.title()} RM"][column]
+    compare("Table 7", f"on {value} tests, accuracy of the {value} model minus the {other} model's", "> 0", gap,
+            hits[f"{value} RM"][value], hits[f"{other} RM"][value], f"{FILE}::final = ")  # fmt: skip
+for name, pairs_of in (("mixed", "the paper's mixture"), ("helpfulness", "helpfulness pairs alone")):
+    accurate = hits[f"{name} RM"]["helpfulness"]
+    compare("Table 7", f"accuracy of the helpfulness model on helpfulness tests, {pairs_of}", "> 0.65",
+            printed["Helpfulness RM"]["Meta-Helpful"], accurate, np.zeros_like(accurate),
+            f"{FILE}::mixed = ")  # fmt: skip
+for name, criterion in (("length", "> 0.08"), ("bag of words", "> 0.08"), ("chat model, A or B", "> 0")):
+    gap = printed["Helpfulness RM"]["Meta-Helpful"] - printed["GPT-4"]["Meta-Helpful"] if "chat" in name else None
+    compare("Table 7", f"accuracy of the helpfulness model minus that of: {name}", criterion, gap, home,
+            hits[name]["helpfulness"], f"{FILE}::found = ")  # fmt: skip
+clear, close = ([hit[name == rating] for hit, name in zip(home, rated["helpfulness"], strict=True)]
+                for rating in (CLEAR, "negligibly better"))  # fmt: skip
+printed = {name: share / 100 for name, share in paper.PAPER["Table 8"]["Helpfulness RM on Meta Helpful"].items()}
+compare("Table 8", "accuracy of the helpfulness model on significantly better answers", "> 0.78",
+        printed["significantly"], clear, [np.zeros_like(part) for part in clear], f"{FILE}::found = ")  # fmt: skip
+compare("Table 8", "accuracy on significantly better minus on negligibly better answers", "> 0.2",
+        printed["significantly"] - printed["negligibly"], clear, close, f"{FILE}::found = ")  # fmt: skip
+
+# %% [markdown]
+# Each model is better at home. The paper's mixture costs the helpfulness model almost three points here, 62.9 % against
+# 65.5 with its own pairs alone, so that the first criterion fails, and for the other model stays open. Its accuracy on
+# significantly better answers, 76.5 %, is 24 points above that on negligibly better ones; three seeds leave both
+# verdicts open. It is far ahead of length and of the chat model that is asked for a letter. But a bag of words comes
+# within three points of it, where we had asked for eight: that criterion fails. Which words an answer has tells much of
+# its quality in this world.
+
+# %% [markdown]
+# A reward model in a folder can be a row of Table 7 as well:
+
+# %%
+folder = cache_folder() / "reward" / scale() / "helpfulness"
+save_checkpoint(final["helpfulness"][0], folder, words)
+rows = tests["helpfulness"][0][:64]
+answered = [[*row["messages"], {"role": "assistant", "content": row[side]}]
+            for row in rows for side in ("chosen", "rejected")]  # fmt: skip
+apart = load_scorer(folder)(answered).reshape(-1, 2).T
+print(f"{folder.name}: {right(apart[None]).mean():.0%} of {len(rows)} pairs")
+assert np.allclose(apart, score_pairs(final["helpfulness"][0], words, rows), atol=1e-4)
+
+# %% [markdown]
+# ### Tables 27 and 28, Figure 27: does a margin help?
+#
+# The authors compare no margin with a small and a large one. Both help where answers differ much, and the large one
+# drives scores to the ends of the scale.
+#
+# > Ours: ten thousand pairs, three margins. Criteria: on significantly better answers, the large margin is ahead of
+# > none; on all, the small one is; and the large margin puts a larger share of scores into the outermost bins.
+
+# %%
+SOME = by_scale(smoke=20, laptop=10_000, a100=10_000)
+by_margin = {margin: scored([trained(seed, rows[:SOME], replace(REWARD["mini"], margin=margin))
+                             for seed, rows in zip(runs, pairs["helpfulness"], strict=True)], "helpfulness")
+             for margin in MARGINS}  # fmt: skip
+fig, (ax, beside) = plt.subplots(1, 2, figsize=(8.4, 3.4))
+for shift, (margin, scores) in zip((-0.25, 0, 0.25), by_margin.items(), strict=True):
+    hit = right(scores)
+    parts = np.array([[mean(h, name == rating) for rating in RATINGS] + [100 * h.mean()]
+                      for h, name in zip(hit, rated["helpfulness"], strict=True)])  # fmt: skip
+    places = np.arange(parts.shape[1]) + shift
+    ax.bar(places, parts.mean(0), 0.23, label=margin)
+    ax.plot(np.tile(places, (len(runs), 1)), parts, ".", color="0.25", markersize=4)
+    printed = [share for share in paper.PAPER["Table 28"][margin].values()]
+    ax.plot(places, printed, **plots.RINGS, label="paper" if shift == 0 else None)
+    beside.hist(sigmoid(scores.ravel()), 50, range=(0, 1), weights=np.full(scores.size, 100 / scores.size),
+                histtype="step", label=margin)  # fmt: skip
+ax.set(ylim=(40, 100), ylabel="accuracy (%)", title="Table 28")
+ax.set_xticks(range(5), [*(rating.split()[0] for rating in RATINGS), "all"], rotation=30, ha="right")
+ax.legend(title="margin", ncols=2)
+beside.set(xlabel="score (sigmoid)", ylabel="share of the answers (%)", title="Figure 27")
+plots.save(fig, "figure_27.png")
+
+# %%
+printed = {margin: {of: share / 100 for of, share in row.items()} for margin, row in paper.PAPER["Table 28"].items()}
+hit = {margin: right(scores) for margin, scores in by_margin.items()}
+clear = {margin: [h[name == CLEAR] for h, name in zip(of, rated["helpfulness"], strict=True)]
+         for margin, of in hit.items()}  # fmt: skip
+ends = {margin: (np.abs(sigmoid(scores) - 0.5) > 0.48).reshape(len(runs), -1) for margin, scores in by_margin.items()}
+compare("Table 28", "accuracy on significantly better answers, large margin minus none", "> 0",
+        printed["large"]["significantly"] - printed["none"]["significantly"], clear["large"], clear["none"],
+        f"{FILE}::by_margin = ")  # fmt: skip
+compare("Table 28", "accuracy on all answers, small margin minus none", "> 0",
+        printed["small"]["Avg"] - printed["none"]["Avg"], hit["small"], hit["none"],
+        f"{FILE}::by_margin = ")  # fmt: skip
+_ = compare("Figure 27", "share of scores in the two outermost of 50 bins, large margin minus none", "> 0", None,
+            ends["large"], ends["none"], f"{FILE}::by_margin = ")  # fmt: skip
+
+# %% [markdown]
+# The large margin does help where answers differ much. On all pairs the gain of the small one is within the noise, and
+# one seed of three drives its scores to the ends.
+
+# %% [markdown]
+# ### Table 29: the auxiliary loss, and a tenth of helpfulness data
+#
+# The safety model's own data are answers to adversarial prompts. Two additions are examined. The auxiliary loss raises
+# the recall of unsafe answers (those with a score below 0.5, a logit below 0) from 73 to 90.4 %, and the accuracy by
+# 0.8 points. And 10 % of helpfulness data help most where both answers are safe, says section 3.2.2, without numbers.
+#
+# > Ours: the same, with criteria of the same form: each difference is above zero. Answers are unsafe here if the
+# > raters' three bins say so.
+
+# %%
+bins = np.array([[row["safety"] for row in rows] for rows in tests["safety"]])
+plain = [trained(seed, mixture(seed, "safety")) for seed in runs]
+alone = [trained(seed, rows, replace(REWARD["mini"], auxiliary=mini_rewards.AUXILIARY))
+         for seed, rows in zip(runs, pairs["safety"], strict=True)]  # fmt: skip
+safety = {"baseline": scored(plain, "safety"), "+ auxiliary": found["safety RM"]["safety"],
+          "no helpfulness data": scored(alone, "safety")}  # fmt: skip
+unsafe = np.stack([bins == "both_unsafe", bins != "both_safe"], 1)  # [seeds, chosen or rejected, pairs]
+recall = {name: [part[of] < 0 for part, of in zip(scores, unsafe, strict=True)] for name, scores in safety.items()}
+print("Table 29, in %           accuracy: all", *SAFETY, "unsafe recall", sep="   ")
+for name, scores in safety.items():
+    hit = right(scores)
+    parts = [100 * hit.mean(), *(mean(hit, bins == of) for of in SAFETY)]
+    parts.append(mean(scores < 0, unsafe))
+    print(f"{name:<22}" + " ".join(f"{part:13.1f}" for part in parts))
+print("test pairs: " + ", ".join(f"{of} {np.mean(bins == of):.0%}" for of in SAFETY))
+
+# %%
+printed = {name: {of: share / 100 for of, share in row.items()} for name, row in paper.PAPER["Table 29"].items()}
+for claim, more, less, key in (
+    ("recall of unsafe answers", recall["+ auxiliary"], recall["baseline"], "unsafe_recall"),
+    ("accuracy on safety tests", right(safety["+ auxiliary"]), right(safety["baseline"]), "Avg"),
+):
+    if min(map(len, more)) > 1:  # at the smoke scale no answer says enough to be unsafe
+        compare("Table 29", f"{claim}, with the auxiliary loss minus without", "> 0",
+                printed["+ auxiliary"][key] - printed["baseline"][key], more, less, f"{FILE}::safety = ")  # fmt: skip
+both = [[hit[of == "both_safe"] for hit, of in zip(right(safety[name]), bins, strict=True)]
+        for name in ("+ auxiliary", "no helpfulness data")]  # fmt: skip
+_ = compare("Section 3.2.2", "accuracy where both answers are safe, with 10 % helpfulness data minus without", "> 0",
+            "especially beneficial", *both, f"{FILE}::safety = ")  # fmt: skip
+
+# %% [markdown]
+# All three stay open. The recall of unsafe answers falls with the auxiliary loss, on every seed. Without it nothing
+# fixes where a score is zero, so that a baseline whose scores are low on the whole can find more of them. A tenth of
+# helpfulness data changes nothing that these tests show.
+
+# %% [markdown]
+# ### Figure 6: more data, larger models
+#
+# In the paper, accuracy grows with the weekly batches and with the model's size, and has not levelled off after 14
+# batches.
+#
+# > Ours: 2,500 to 20,000 pairs, and two sizes; the smaller one begins with a chat model of its own size. Criteria: each
+# > doubling of the data raises the accuracy of the larger model, and with all data it is ahead of the smaller one.
+
+# %%
+COUNTS = by_scale(smoke=(10, 20, 40), laptop=(2500, 5000, 10_000, 20_000), a100=(2500, 5000, 10_000, 20_000))
+assert min(map(len, pairs["helpfulness"])) >= COUNTS[-1]
+grown = {size: {count: right(scored([trained(seed, rows[:count], size=size)
+                                     for seed, rows in zip(runs, pairs["helpfulness"], strict=True)], "helpfulness"))
+                for count in COUNTS} for size in ("0.4M", mini.SIZE)}  # fmt: skip
+fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.6))
+which = {"all": np.ones_like(rated["helpfulness"], bool)}
+which[CLEAR] = rated["helpfulness"] == CLEAR
+for ax, (name, these) in zip(axes, which.items(), strict=True):
+    for size, of in grown.items():
+        values = np.array([[mean(h, w) for h, w in zip(hit, these, strict=True)] for hit in of.values()])
+        [line] = ax.plot(COUNTS, values.mean(1), "o-", label=f"{size} parameters")
+        ax.plot(COUNTS, values, ".", color=line.get_color(), alpha=0.6)
+    for scorer, color in (("length", "0.7"), ("bag of words", "0.4")):
+        ax.axhline(mean(hits[scorer]["helpfulness"], these), color=color, linestyle=":", label=scorer)
+    ax.set(xscale="log", xlabel="training pairs; a dot a seed", ylabel="accuracy (%)", title=name)
+    ax.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
+    ax.minorticks_off()
+axes[0].legend()
+fig.suptitle("Figure 6: every doubling of the data makes the reward model better", x=0.01, ha="left")
+plots.save(fig, "figure_06.png")
+
+# %%
+large = grown[mini.SIZE]
+for fewer, more in itertools.pairwise(COUNTS):
+    compare("Figure 6", f"accuracy with {more:,} pairs minus with {fewer:,}", "> 0", None, large[more], large[fewer],
+            f"{FILE}::grown = ")  # fmt: skip
+gap = paper.PAPER["Figure 6"]["all 70B"]["14"] - paper.PAPER["Figure 6"]["all 7B"]["14"]
+_ = compare("Figure 6", "accuracy of the larger model minus the smaller one's, all data", "> 0", gap,
+            large[COUNTS[-1]], grown["0.4M"][COUNTS[-1]], f"{FILE}::grown = ")  # fmt: skip
+
+# %% [markdown]
+# On average each doubling helps, at both sizes. Only the first is beyond doubt with three seeds; the larger model is
+# ahead at all data.
+
+# %% [markdown]
+# ### Figure 29: does the score know how good an answer is?
+#
+# Three raters judge single answers on a scale from 1 to 7; the mean score rises from grade to grade, by 0.31 in all for
+# helpfulness and 0.49 for safety.
+#
+# > Ours: all answers of the tests, their gold points cut into seven grades. Criterion: from grades 1 and 2 to grades 6
+# > and 7, the mean score rises by more than 0.2.
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
+for ax, value in zip(axes, ASKED, strict=True):
+    level, grade = sigmoid(found[f"{value} RM"][value]), 1 + np.rint(6 * gold[value]).astype(int)
+    present = [g for g in range(1, 8) if (grade == g).sum() >= by_scale(smoke=1, laptop=100, a100=100)]
+    parts = [level[grade == g] for g in present]
+    means = [part.mean() for part in parts]
+    ax.errorbar(present, means, [part.std() for part in parts], fmt="o-", capsize=3, label="ours ± sd")
+    printed = paper.PAPER["Figure 29"][f"{value.title()} RM"]
+    ax.plot(range(1, 8), printed.values(), **plots.RINGS, label="paper")
+    ax.set(ylim=(0, 1), xlabel=f"gold grade of {value}", ylabel="score (sigmoid)", title=value)
+    print(value, *(f"{g}: {mean:.2f} ({len(part):,})" for g, mean, part in zip(present, means, parts, strict=True)))
+    low, high = ([s[w] for s, w in zip(level, these, strict=True)] for these in (grade <= 2, grade >= 6))
+    gap = (printed["6"] + printed["7"] - printed["1"] - printed["2"]) / 2
+    if min(map(len, high)) > 1:
+        compare("Figure 29", f"mean score of the {value} model, grades 6 and 7 minus 1 and 2", "> 0.2", gap, high, low,
+                f"{FILE}::level, grade")  # fmt: skip
+axes[0].legend()
+fig.suptitle("Figure 29: better answers have higher scores", x=0.01, ha="left")
+plots.save(fig, "figure_29.png")
+
 # %% [markdown]
 # ## Comparisons of people
 #
@@ -1260,31 +1611,12 @@ if path := data_file(FILES["PandaLM"][1]):
 
 
 # %%
-def learned(inputs: dict) -> dict:
-    "Scores of the last quarter of the pairs by a reward model trained on the rest."
-    rows, words = inputs["rows"], mini.tokenizer()
-    cut = 3 * len(rows) // 4
-    model = RewardModel.of(mini.chat(inputs["seed"]))
-    pairs = [encode_pair(words, row, "none", 512) for row in rows[:cut]]
-    for _ in train_reward(model, pairs, replace(inputs["recipe"], seed=inputs["seed"])):
-        pass
-    return {"scores": score_pairs(model, words, rows[cut:])}
-
-
-def by_length(rows: list, tests: list) -> np.ndarray:
-    "Scores of test pairs by length, with the sign that is right more often in training. → [2, pairs]"
-    sizes = [np.array([[len(words.encode(row[name])) for row in part] for name in ("chosen", "rejected")], float)
-             for part in (rows, tests)]  # fmt: skip
-    return sizes[1] if accuracy(sizes[0], rows)["all"] > 0.5 else -sizes[1]
-
-
 def fits(row) -> bool:
     "Whether a comparison fits into the mini model's context."
     return max(len(encode_dialog(words, [*row["messages"], {"role": "assistant", "content": row[name]}])[0])
                for name in ("chosen", "rejected")) <= 512  # fmt: skip
 
 
-runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
 for name in ("HH harmless", "rated conversations"):
     if name not in people:
         continue
@@ -1292,19 +1624,17 @@ for name in ("HH harmless", "rated conversations"):
     long = len(people[name]) - len(rows)
     rows = rows[: by_scale(smoke=16, laptop=2000, a100=2000)]
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    test = rows[3 * len(rows) // 4 :]
+    known, new = rows[: 3 * len(rows) // 4], rows[3 * len(rows) // 4 :]
     recipe = replace(REWARD["mini"], margin="none", epochs=2, batch_pairs=16)
-    inputs = [{"rows": rows, "seed": seed, "recipe": recipe} for seed in runs]
-    found = [np.asarray(cached(f"mini-real-seed{i['seed']}", i, learned)["scores"]) for i in inputs]
-    right = np.array([(s[0] > s[1]) for s in found], float)
-    mean = paired_interval(right, np.zeros_like(right))
-    baseline = accuracy(by_length(rows[: 3 * len(rows) // 4], test), test)["all"]
-    sizes_of = np.array([[len(words.encode(row[side])) for row in test] for side in ("chosen", "rejected")])
-    follows = np.mean([spearmanr(s.ravel(), sizes_of.ravel()).statistic for s in found])
-    print(f"{name}: {len(rows) - len(test)} pairs to learn from, {len(test)} to test, "
-          f"{long} too long")  # fmt: skip
-    print(f"    accuracy {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], by length alone "
-          f"{baseline:.1%}; rank correlation of score and length {follows:.2f}")  # fmt: skip
+    judged = np.stack([score_pairs(trained(seed, known, recipe), words, new) for seed in runs])
+    agreed = right(judged)
+    mean = paired_interval(agreed, np.zeros_like(agreed))
+    baseline = accuracy(by_length(known, new), new)["all"]
+    sizes = np.array([[len(words.encode(row[side])) for row in new] for side in ("chosen", "rejected")])
+    follows = np.mean([spearmanr(part.ravel(), sizes.ravel()).statistic for part in judged])
+    print(f"{name}: {len(known)} pairs to learn from, {len(new)} to test, {long} too long")
+    print(f"    accuracy {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], by length alone {baseline:.1%}; rank "
+          f"correlation of score and length {follows:.2f}")  # fmt: skip
 
 # %% [markdown]
 # On what people find harmless, seven hundred pairs teach this model nothing that the test shows. The rated
