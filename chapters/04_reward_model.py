@@ -1382,12 +1382,17 @@ compare("Table 8", "accuracy on significantly better minus on negligibly better 
         printed["significantly"] - printed["negligibly"], clear, close, f"{FILE}::found = ")  # fmt: skip
 
 # %% [markdown]
-# Each model is better at home. The paper's mixture costs the helpfulness model almost three points here, 62.9 % against
-# 65.5 with its own pairs alone, so that the first criterion fails, and for the other model stays open. Its accuracy on
-# significantly better answers, 76.5 %, is 24 points above that on negligibly better ones; three seeds leave both
-# verdicts open. It is far ahead of length and of the chat model that is asked for a letter. But a bag of words comes
-# within three points of it, where we had asked for eight: that criterion fails. Which words an answer has tells much of
-# its quality in this world.
+# Each model is better at home. The paper's mixture costs the helpfulness model almost three points there, 62.9 % against
+# 65.5 with its own pairs alone: the first criterion fails for the mixture, and stays open without it. That is why the
+# final model learns from its own pairs; we saw this on the tests of two seeds before we chose. The choice has a price.
+# On safety tests the mixed model agrees with 70 % and the final one with 33 %, since it prefers the answer that helps
+# to do harm; against the mixed model the safety model would be ahead by 7 points and not by 44. Two rewards that
+# disagree are what section 3.2.3 combines with a gate.
+#
+# Significantly better answers are recognised in 76.5 %, 24 points above negligibly better ones; three seeds leave both
+# verdicts open. Length and the chat model that is asked for a letter are far behind. But a bag of words comes to 62.3 %,
+# 3.2 points behind where we had asked for eight: that criterion fails. Which words an answer has tells much of its
+# quality in this world.
 
 # %% [markdown]
 # A reward model in a folder can be a row of Table 7 as well:
@@ -1450,8 +1455,9 @@ _ = compare("Figure 27", "share of scores in the two outermost of 50 bins, large
             ends["large"], ends["none"], f"{FILE}::by_margin = ")  # fmt: skip
 
 # %% [markdown]
-# The large margin does help where answers differ much. On all pairs the gain of the small one is within the noise, and
-# one seed of three drives its scores to the ends.
+# The large margin does help where answers differ much; on all pairs the gain of the small one is within the noise. Scores
+# spread as the margin grows, as in the paper, but only one seed of three reaches the outermost bins, so that the third
+# criterion stays open.
 
 # %% [markdown]
 # ### Table 29: the auxiliary loss, and a tenth of helpfulness data
@@ -1496,8 +1502,9 @@ _ = compare("Section 3.2.2", "accuracy where both answers are safe, with 10 % he
 
 # %% [markdown]
 # All three stay open. The recall of unsafe answers falls with the auxiliary loss, on every seed. Without it nothing
-# fixes where a score is zero, so that a baseline whose scores are low on the whole can find more of them. A tenth of
-# helpfulness data changes nothing that these tests show.
+# fixes where a score is zero: a baseline whose scores are low on the whole finds nearly all unsafe answers, 97 %, and
+# this table does not say how many safe ones with them. A tenth of helpfulness data changes nothing that these tests
+# show.
 
 # %% [markdown]
 # ### Figure 6: more data, larger models
@@ -1573,6 +1580,10 @@ for ax, value in zip(axes, ASKED, strict=True):
 axes[0].legend()
 fig.suptitle("Figure 29: better answers have higher scores", x=0.01, ha="left")
 plots.save(fig, "figure_29.png")
+
+# %% [markdown]
+# Both rise by more than 0.2. But not from grade to grade: the worst answers have higher scores than those of grade 2,
+# and the safety model makes one step, between answers that give harm away and those that do not.
 
 # %% [markdown]
 # ## Comparisons of people
