@@ -1382,17 +1382,17 @@ compare("Table 8", "accuracy on significantly better minus on negligibly better 
         printed["significantly"] - printed["negligibly"], clear, close, f"{FILE}::found = ")  # fmt: skip
 
 # %% [markdown]
-# Each model is better at home. The paper's mixture costs the helpfulness model almost three points there, 62.9 % against
-# 65.5 with its own pairs alone: the first criterion fails for the mixture, and stays open without it. That is why the
-# final model learns from its own pairs; we saw this on the tests of two seeds before we chose. The choice has a price.
+# Each model is better at home. The paper's mixture costs the helpfulness model almost three points there, 62.9 %
+# against 65.5 with its own pairs alone: the first criterion fails for the mixture, and stays open without it. That is
+# why the final model learns from its own pairs; we chose after seeing the tests of two seeds. The choice has a price.
 # On safety tests the mixed model agrees with 70 % and the final one with 33 %, since it prefers the answer that helps
 # to do harm; against the mixed model the safety model would be ahead by 7 points and not by 44. Two rewards that
 # disagree are what section 3.2.3 combines with a gate.
 #
 # Significantly better answers are recognised in 76.5 %, 24 points above negligibly better ones; three seeds leave both
-# verdicts open. Length and the chat model that is asked for a letter are far behind. But a bag of words comes to 62.3 %,
-# 3.2 points behind where we had asked for eight: that criterion fails. Which words an answer has tells much of its
-# quality in this world.
+# verdicts open. Length and the chat model that is asked for a letter are far behind. But a bag of words comes to
+# 62.3 %, 3.2 points behind where we had asked for eight: that criterion fails. Which words an answer has tells much of
+# its quality in this world.
 
 # %% [markdown]
 # A reward model in a folder can be a row of Table 7 as well:
@@ -1455,9 +1455,9 @@ _ = compare("Figure 27", "share of scores in the two outermost of 50 bins, large
             ends["large"], ends["none"], f"{FILE}::by_margin = ")  # fmt: skip
 
 # %% [markdown]
-# The large margin does help where answers differ much; on all pairs the gain of the small one is within the noise. Scores
-# spread as the margin grows, as in the paper, but only one seed of three reaches the outermost bins, so that the third
-# criterion stays open.
+# The large margin does help where answers differ much; on all pairs the gain of the small one is within the noise.
+# Scores spread as the margin grows, as in the paper, but only one seed of three reaches the outermost bins, so that the
+# third criterion stays open.
 
 # %% [markdown]
 # ### Table 29: the auxiliary loss, and a tenth of helpfulness data
