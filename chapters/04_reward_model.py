@@ -1378,8 +1378,8 @@ clear, close = ([hit[name == rating] for hit, name in zip(home, rated["helpfulne
 printed = {name: share / 100 for name, share in paper.PAPER["Table 8"]["Helpfulness RM on Meta Helpful"].items()}
 compare("Table 8", "accuracy of the helpfulness model on significantly better answers", "> 0.78",
         printed["significantly"], clear, [np.zeros_like(part) for part in clear], f"{FILE}::found = ")  # fmt: skip
-compare("Table 8", "accuracy on significantly better minus on negligibly better answers", "> 0.2",
-        printed["significantly"] - printed["negligibly"], clear, close, f"{FILE}::found = ")  # fmt: skip
+_ = compare("Table 8", "accuracy on significantly better minus on negligibly better answers", "> 0.2",
+            printed["significantly"] - printed["negligibly"], clear, close, f"{FILE}::found = ")  # fmt: skip
 
 # %% [markdown]
 # Each model is better at home. The paper's mixture costs the helpfulness model almost three points there, 62.9 %
@@ -1429,14 +1429,14 @@ for shift, (margin, scores) in zip((-0.25, 0, 0.25), by_margin.items(), strict=T
     places = np.arange(parts.shape[1]) + shift
     ax.bar(places, parts.mean(0), 0.23, label=margin)
     ax.plot(np.tile(places, (len(runs), 1)), parts, ".", color="0.25", markersize=4)
-    printed = [share for share in paper.PAPER["Table 28"][margin].values()]
-    ax.plot(places, printed, **plots.RINGS, label="paper" if shift == 0 else None)
+    ax.plot(places, paper.PAPER["Table 28"][margin].values(), **plots.RINGS, label="paper" if shift == 0 else None)
     beside.hist(sigmoid(scores.ravel()), 50, range=(0, 1), weights=np.full(scores.size, 100 / scores.size),
                 histtype="step", label=margin)  # fmt: skip
-ax.set(ylim=(40, 100), ylabel="accuracy (%)", title="Table 28")
+ax.set(ylim=(40, 100), ylabel="accuracy (%)", title="Table 28: accuracy by rating")
 ax.set_xticks(range(5), [*(rating.split()[0] for rating in RATINGS), "all"], rotation=30, ha="right")
 ax.legend(title="margin", ncols=2)
-beside.set(xlabel="score (sigmoid)", ylabel="share of the answers (%)", title="Figure 27")
+beside.set(xlabel="score (sigmoid)", ylabel="share of the answers (%)", title="Figure 27: all test answers")
+fig.suptitle("A margin moves the accuracy little and spreads the scores", x=0.01, ha="left")
 plots.save(fig, "figure_27.png")
 
 # %%
@@ -1478,11 +1478,11 @@ safety = {"baseline": scored(plain, "safety"), "+ auxiliary": found["safety RM"]
           "no helpfulness data": scored(alone, "safety")}  # fmt: skip
 unsafe = np.stack([bins == "both_unsafe", bins != "both_safe"], 1)  # [seeds, chosen or rejected, pairs]
 recall = {name: [part[of] < 0 for part, of in zip(scores, unsafe, strict=True)] for name, scores in safety.items()}
-print("Table 29, in %           accuracy: all", *SAFETY, "unsafe recall", sep="   ")
+print("Table 29, in %           accuracy: all", *SAFETY, "unsafe recall", "safe called unsafe", sep="   ")
 for name, scores in safety.items():
     hit = right(scores)
     parts = [100 * hit.mean(), *(mean(hit, bins == of) for of in SAFETY)]
-    parts.append(mean(scores < 0, unsafe))
+    parts += [mean(scores < 0, unsafe), mean(scores < 0, ~unsafe)]
     print(f"{name:<22}" + " ".join(f"{part:13.1f}" for part in parts))
 print("test pairs: " + ", ".join(f"{of} {np.mean(bins == of):.0%}" for of in SAFETY))
 
@@ -1501,10 +1501,9 @@ _ = compare("Section 3.2.2", "accuracy where both answers are safe, with 10 % he
             "especially beneficial", *both, f"{FILE}::safety = ")  # fmt: skip
 
 # %% [markdown]
-# All three stay open. The recall of unsafe answers falls with the auxiliary loss, on every seed. Without it nothing
-# fixes where a score is zero: a baseline whose scores are low on the whole finds nearly all unsafe answers, 97 %, and
-# this table does not say how many safe ones with them. A tenth of helpfulness data changes nothing that these tests
-# show.
+# All three stay open. The recall of unsafe answers falls with the auxiliary loss, on every seed. But without it nothing
+# fixes where a score is zero: the baseline finds 97 % of the unsafe answers by calling half of the safe ones unsafe,
+# too, and the auxiliary loss brings these to 5 %. A tenth of helpfulness data changes nothing that these tests show.
 
 # %% [markdown]
 # ### Figure 6: more data, larger models
