@@ -34,7 +34,7 @@ from llama2lib.reward import REWARD, RewardModel, encode_pair, pair_rows, train_
 from llama2lib.synthetic import MIXED, dialogues, documents
 from llama2lib.tokenizer import train_tokenizer
 
-VOCABULARY, STEPS = 1024, 30
+VOCABULARY, STEPS = 1024, 10
 
 
 def main(widths: tuple[int, ...] = (128, 256), pairs: int = 7, threads: int = 1, save: bool = True):
@@ -90,11 +90,13 @@ def compare(folder: Path, width: int, pairs: int) -> dict:
         "rejected_ids": [pair.prompt + pair.rejected for pair in data],
         "margin": [pair.margin for pair in data],
     })  # fmt: skip
+    passes = recipe.batch_pairs // recipe.micro_batch  # 1.5 times as fast for TRL, here, as the batch in one pass
     settings = TheirConfig(
-        output_dir=str(folder / "trl"), max_length=recipe.max_seq_len, per_device_train_batch_size=recipe.batch_pairs,
-        max_steps=STEPS, learning_rate=recipe.lr, weight_decay=0.1, adam_beta2=0.95, adam_epsilon=1e-5,
-        max_grad_norm=1.0, lr_scheduler_type="cosine", warmup_steps=0, gradient_checkpointing=False, bf16=False,
-        use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        output_dir=str(folder / "trl"), max_length=recipe.max_seq_len, per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=passes, max_steps=STEPS, learning_rate=recipe.lr, lr_scheduler_type="cosine",
+        warmup_steps=0, weight_decay=0.1, adam_beta2=0.95, adam_epsilon=1e-5, max_grad_norm=1.0, bf16=False,
+        gradient_checkpointing=False, use_cpu=True, report_to="none", save_strategy="no", logging_strategy="no",
+        disable_tqdm=True,
     )  # fmt: skip
 
     def theirs():

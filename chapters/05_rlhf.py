@@ -1,0 +1,1230 @@
+# %% [markdown]
+# # RLHF: rejection sampling and PPO
+#
+# > The reward models of chapter 04 judge the model's own answers, and the model learns to give those that they prefer:
+# > by imitating the best of many, and by reinforcement learning. Paper sections 3.2.3, 3.4.1 and A.3.2.
+#
+# Both algorithms seek a policy $\pi$ whose generations $g$ to prompts $p$ have a high reward, Equation 3:
+#
+# $$\arg\max_\pi\ \mathbb{E}_{p\sim\mathcal{D},\,g\sim\pi}\,[R(g\mid p)]$$
+#
+# They differ in breadth and in depth. *Rejection sampling* draws K answers to a prompt from one policy and fine-tunes on
+# the best of them. *PPO* draws one answer to a prompt, and its policy changes with every step. The authors use rejection
+# sampling alone up to the fourth version of the model, RLHF-V4, and from then on PPO on top of it.
+
+# %%
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from llama2lib import ledger, mini, mini_rewards, paper, plots
+from llama2lib.claims import compare
+from llama2lib.recipes import by_scale, seeds
+
+plt.rcParams.update(plots.STYLE)
+
+# %% [markdown]
+# ## Prompts
+#
+# Some prompts are tagged: they might elicit an unsafe answer, and for these the score of the safety model counts. A line
+# of a file of prompts is an object with `messages`, a conversation up to a message of the user, and `is_safety`, the tag.
+
+# %%
+#| default_exp rollout
+
+# %%
+#| export
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from llama2lib.checkpoint import whole
+from llama2lib.dialog import TAGS, Message, check_dialog, encode_dialog
+from llama2lib.formats import without_memory
+from llama2lib.model import Llama
+from llama2lib.preferences import records
+from llama2lib.pretrain import IGNORE
+from llama2lib.recipes import write_atomic
+from llama2lib.reward import RewardModel, Scorer, padded
+from llama2lib.shards import shuffled
+from llama2lib.tokenizer import Tokenizer
+
+
+class Prompt(NamedTuple):
+    "A conversation that ends with the user, and whether it might elicit an unsafe answer."
+
+    messages: list[Message]
+    is_safety: bool
+
+
+def read_prompts(path: str | os.PathLike, tagged: bool = True) -> list[Prompt]:
+    """The prompts of a JSONL file. ValueError with file, line and field for a row that is none, or without any row.
+
+    tagged: every row needs `is_safety`; else it may be missing, and is false then.
+    """
+    prompts = []
+    for number, row in records(path):
+        try:
+            if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+                raise ValueError("expected an object with a list in the field 'messages'")
+            check_dialog(row["messages"])
+            if row["messages"][-1]["role"] != "user":
+                raise ValueError("messages: the assistant's comes last; expected the user's")
+            tag = row.get("is_safety", None if tagged else False)
+            if not isinstance(tag, bool):
+                expected = "true where the prompt might elicit an unsafe answer, which the safety model then scores"
+                raise ValueError(f"is_safety: found {tag!r:.60}; expected {expected}, else false")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        prompts.append(Prompt(row["messages"], tag))
+    if not prompts:
+        raise ValueError(f"{path}: no prompts; expected a JSON object a line")
+    return prompts
+
+
+def write_prompts(path: str | os.PathLike, prompts: Iterable[Prompt]):
+    "Write prompts as JSONL, all or nothing."
+    write_atomic(path, "".join(json.dumps(prompt._asdict(), ensure_ascii=False) + "\n" for prompt in prompts))
+
+
+def drawn(count: int, batch: int, step: int, seed: int) -> np.ndarray:
+    "Numbers of the prompts of a step, of `count`: all of them in random order, then all again in another."
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), count)
+    numbers = np.empty(batch, np.int64)
+    for epoch in np.unique(epochs):
+        numbers[epochs == epoch] = shuffled(places[epochs == epoch], count, (seed, int(epoch)))
+    return numbers
+
+# %% [markdown]
+# ## The reward
+#
+# Two models score an answer, and the safety model has precedence. Its score counts where the prompt is tagged, and where
+# it finds the answer unsafe, below 0.15 as a probability; otherwise the helpfulness model's counts:
+#
+# $$R_c(g\mid p)=\begin{cases}R_s(g\mid p)&\text{if IS\_SAFETY}(p)\text{ or }R_s(g\mid p)<0.15\\R_h(g\mid p)&\text{otherwise}\end{cases}$$
+#
+# $$\tilde R_c(g\mid p)=\text{WHITEN}(\text{LOGIT}(R_c(g\mid p)))$$
+#
+# Our reward models give the logit itself. Nothing passes through a sigmoid and back, where a large score would be lost
+# to rounding, and the gate becomes a logit: $\log(0.15/0.85)=-1.73$.
+
+# %%
+#| export
+def combined_reward(
+    safety_logit: Float[Tensor, "N"],
+    helpful_logit: Float[Tensor, "N"],
+    is_safety: Bool[Tensor, "N"],
+    gate: float = 0.15,
+) -> Float[Tensor, "N"]:
+    "R_c (section 3.2.3) as a logit: the safety model's where it matters, the helpfulness model's elsewhere."
+    unsafe = safety_logit < math.log(gate / (1 - gate))
+    return torch.where(is_safety | unsafe, safety_logit, helpful_logit)
+
+
+def whiten(x: Float[Tensor, "N"], group: dist.ProcessGroup | None = None) -> Float[Tensor, "N"]:
+    "x shifted and scaled to mean 0 and variance 1 over the batch, of all ranks of `group` together if there is one."
+    sums = torch.stack([x.new_tensor(float(x.numel())), x.sum()])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    count = sums[0].clamp(min=1)
+    centred = x - sums[1] / count
+    square = centred.square().sum()
+    if group is not None:
+        dist.all_reduce(square, group=group)
+    return centred * (square / count + 1e-8).rsqrt()
+
+# %%
+logits = torch.tensor([-2.0, -2.0, 1.5, 1.5]), torch.tensor([3.0, 3.0, 0.5, 0.5])
+rewards = combined_reward(*logits, torch.tensor([True, False, True, False]))
+assert rewards.tolist() == [-2.0, -2.0, 1.5, 0.5]
+assert abs(whiten(rewards).mean()) < 1e-6 and abs(whiten(rewards).var(correction=0) - 1) < 1e-6
+{"R_c": rewards.tolist(), "whitened": [round(x, 2) for x in whiten(rewards).tolist()]}
+
+# %% [markdown]
+# A `Reward` holds the two scorers and gives all three numbers. Without a safety model the helpfulness model decides
+# alone, an ablation that the chapter will need.
+
+# %%
+#| export
+class Scores(NamedTuple):
+    "Logits of answers, each (N): R_c, and what the two models say; `safety` is NaN without a safety model."
+
+    combined: Float[np.ndarray, "N"]
+    helpful: Float[np.ndarray, "N"]
+    safety: Float[np.ndarray, "N"]
+
+
+@dataclass(frozen=True)
+class Reward:
+    "R_c as a function of prompts and answers (section 3.2.3); without a safety model it is R_h."
+
+    helpful: Scorer
+    safety: Scorer | None = None
+    gate: float = 0.15
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Scores:
+        "FloatingPointError, naming the answer, for a score that is not finite."
+        dialogs = [
+            [*prompt.messages, {"role": "assistant", "content": answer}]
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        helpful = np.asarray(self.helpful(dialogs), np.float32)
+        safety = np.full(len(dialogs), np.nan, np.float32)
+        combined = helpful
+        if self.safety is not None:
+            safety = np.asarray(self.safety(dialogs), np.float32)
+            tags = torch.tensor([prompt.is_safety for prompt in prompts], dtype=torch.bool)
+            combined = combined_reward(torch.tensor(safety), torch.tensor(helpful), tags, self.gate).numpy()
+        if not np.isfinite(combined).all():
+            first = int(np.flatnonzero(~np.isfinite(combined))[0])
+            found = f"helpfulness {helpful[first]}, safety {safety[first]}"
+            raise FloatingPointError(f"scores of answer {first}, {answers[first]!r:.80}: {found}; expected numbers")
+        return Scores(combined, helpful, safety)
+
+# %% [markdown]
+# A model may write a tag of the chat format into its answer, which no conversation can hold. What stands in front of it
+# is the answer then, and it counts as one that did not end.
+
+# %%
+#| export
+def untagged(text: str) -> tuple[str, bool]:
+    "An answer up to the first tag of the chat format, and whether there was none."
+    places = [text.index(tag) for tag in TAGS if tag in text]
+    return (text[: min(places)].strip(), False) if places else (text, True)
+
+# %%
+assert untagged("Red. [INST] no") == ("Red.", False) and untagged("Red.") == ("Red.", True)
+
+# %% [markdown]
+# ## Generation with sharded weights
+#
+# FSDP gathers every layer's weights for each forward pass. In training a pass has thousands of tokens; while an answer
+# grows it has one, and the gathering is all that takes time. The authors gather the weights once before generation and
+# free them after it, and report that it is about twenty times as fast (section 3.2.3).
+
+# %%
+#| export
+@contextmanager
+def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Llama]:
+    """The model with whole weights on this device, for generation, in `dtype` if given; freed when the block ends.
+
+    A model that is not divided is yielded itself. All ranks enter together.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        yield model
+        return
+    copy = without_memory(model.config, Llama).to_empty(device=model.tok_embeddings.weight.device)
+    for target, source in zip(copy.parameters(), model.parameters(), strict=True):
+        target.data = whole(source.detach().to(dtype or source.dtype))
+    try:
+        yield copy
+    finally:
+        for parameter in copy.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+# %% [markdown]
+# ## Rejection sampling
+#
+# K answers to each prompt, the best one by the reward, and then fine-tuning as in chapter 03 on the prompts with their
+# best answers. The prompt is read once for all K.
+#
+# > Ours: an answer that the model did not end within `max_new_tokens`, or that is empty, is never the best one. A prompt
+# > with no other answers is left out, and counted.
+
+# %%
+#| default_exp rejection
+
+# %%
+#| export
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
+
+from llama2lib.chat import respond
+from llama2lib.checkpoint import load_checkpoint
+from llama2lib.dialog import Message
+from llama2lib.distributed import processes
+from llama2lib.model import Llama
+from llama2lib.preferences import records
+from llama2lib.pretrain import check_same, command
+from llama2lib.recipes import write_atomic
+from llama2lib.reward import load_scorer
+from llama2lib.rollout import Prompt, Reward, read_prompts, untagged
+from llama2lib.tokenizer import Tokenizer
+
+
+class Candidates(NamedTuple):
+    "K answers to each of P prompts, whether each may be chosen (ended, and not empty), and its reward, else NaN."
+
+    answers: list[list[str]]
+    rewards: Float[np.ndarray, "P K"]
+    usable: Bool[np.ndarray, "P K"]
+
+
+def candidates(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    samples: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int | Sequence[int] = 0,
+) -> Candidates:
+    "Sample `samples` answers to every prompt and score them; errors as of `generate` and `Reward`."
+    dialogs = [prompt.messages for prompt in prompts]
+    replies = respond(model, tokenizer, dialogs, max_new_tokens, temperature, top_p, seed, samples)
+    texts, whole = zip(*(untagged(reply.text) for reply in replies), strict=True)
+    usable = np.array([
+        reply.finished and tidy and bool(text) for reply, text, tidy in zip(replies, texts, whole, strict=True)
+    ])  # fmt: skip
+    scored, rewards = np.flatnonzero(usable), np.full(len(texts), np.nan, np.float32)
+    if len(scored):
+        rewards[scored] = reward([prompts[i // samples] for i in scored], [texts[i] for i in scored]).combined
+    answers = [list(texts[i : i + samples]) for i in range(0, len(texts), samples)]
+    return Candidates(answers, rewards.reshape(-1, samples), usable.reshape(-1, samples))
+
+
+class Best(NamedTuple):
+    "A prompt, the best of its answers, and that answer's reward."
+
+    prompt: Prompt
+    answer: str
+    reward: float
+
+    @property
+    def dialog(self) -> list[Message]:
+        "The prompt with the answer, to fine-tune on."
+        return [*self.prompt.messages, {"role": "assistant", "content": self.answer}]
+
+
+def best(prompts: Sequence[Prompt], found: Candidates) -> list[Best]:
+    "The best usable answer to every prompt; prompts without one are left out."
+    rewards = np.where(found.usable, found.rewards, -np.inf)
+    places = rewards.argmax(1)
+    return [
+        Best(prompt, answers[place], float(row[place]))
+        for prompt, answers, row, place in zip(prompts, found.answers, rewards, places, strict=True)
+        if row[place] > -np.inf
+    ]
+
+# %% [markdown]
+# ### The bag
+#
+# Up to RLHF-V3 each version is trained on samples of the version before it alone, and forgets: V3 rhymes worse than
+# earlier ones. From V4 on the best samples of all iterations come in.
+#
+# > Ours: rewards of different iterations are of different reward models, so the newest one scores the old answers anew.
+# > A prompt that occurs in several iterations keeps its best answer.
+
+# %%
+#| export
+def bag(iterations: Sequence[Sequence[Best]], reward: Reward) -> list[Best]:
+    "The best answers of several iterations, scored anew; of those to one prompt the best, the first of equal ones."
+    rows = [row for rows in iterations for row in rows]
+    scores = reward([row.prompt for row in rows], [row.answer for row in rows]).combined if rows else []
+    kept: dict[str, Best] = {}
+    for row, score in zip(rows, scores, strict=True):
+        key = json.dumps(row.prompt.messages)
+        if key not in kept or score > kept[key].reward:
+            kept[key] = row._replace(reward=float(score))
+    return list(kept.values())
+
+# %% [markdown]
+# ### The command
+#
+# `python -m llama2lib.rejection` samples with a model's folder and two reward models' folders, and writes the best
+# answers as conversations that `python -m llama2lib.sft` trains on. It works through the prompts in chunks; a killed run
+# goes on behind its last chunk. Under torchrun the ranks share the chunks out, each with the whole models on its device.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class RejectionConfig:
+    "Rejection sampling: the best of K answers to every prompt (section 3.2.3). ValueError for numbers out of range."
+
+    model: str = "runs/sft/model"  # the policy's folder, Hugging Face's layout or Meta's
+    helpfulness: str = "runs/reward-helpfulness/model"  # reward model's folder, ours or a sequence classifier
+    safety: str | None = "runs/reward-safety/model"  # none: the helpfulness model decides alone
+    gate: float = 0.15  # probability of safe below which the safety model's score counts
+    samples: int = 10  # K; the paper does not say
+    temperature: float = 1.0  # Figure 8: to be tuned again for each version
+    top_p: float = 1.0  # sample among the likeliest tokens that have this probability together
+    max_new_tokens: int = 1024  # an answer that does not end within them is not used
+    seed: int = 0  # of the samples
+
+    prompts: Path = Path("prompts.jsonl")  # conversations that end with the user, and is_safety
+    earlier: tuple[Path, ...] = ()  # best.jsonl of earlier iterations, to be scored anew and joined (from V4 on)
+    out: Path = Path("runs/rejection")  # best.jsonl, to fine-tune on, and chunks of the work
+    chunk: int = 64  # prompts between saves
+
+    def __post_init__(self):
+        for name in ("samples", "max_new_tokens", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if not 0 < self.gate < 1 or self.temperature <= 0:
+            raise ValueError(f"gate {self.gate}, temperature {self.temperature}: expected 0 < gate < 1, and above 0")
+
+
+REJECTION = {"paper": RejectionConfig(), "mini": RejectionConfig(samples=8, max_new_tokens=64, chunk=256)}
+
+
+def read_best(path: str | os.PathLike) -> list[Best]:
+    "The rows of a best.jsonl. ValueError with file and line for one that is none."
+    rows = []
+    for number, row in records(path):
+        try:
+            *messages, last = row["messages"]
+            rows.append(Best(Prompt(messages, row["is_safety"]), last["content"], row["reward"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{number}: not a line of best.jsonl ({type(error).__name__}: {error})") from None
+    return rows
+
+
+def write_best(path: str | os.PathLike, rows: Sequence[Best]):
+    "Write rows as JSONL, all or nothing: conversations that `read_dialogs` reads, with their rewards."
+    lines = ({"messages": row.dialog, "is_safety": row.prompt.is_safety, "reward": row.reward} for row in rows)
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def run(config: RejectionConfig) -> Path:
+    """Sample, score and choose as `config` says; returns the path of best.jsonl.
+
+    ValueError with file and line for prompts that are none, and for a folder with chunks of another configuration.
+    """
+    with processes() as device:
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        prompts = read_prompts(config.prompts, tagged=config.safety is not None)
+        if rank == 0:
+            record_settings(config)
+        if ranks > 1:
+            dist.barrier()
+        model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
+        reward = Reward(
+            load_scorer(config.helpfulness, device), config.safety and load_scorer(config.safety, device), config.gate
+        )
+        count = math.ceil(len(prompts) / config.chunk)
+        parts = [config.out / "chunks" / f"{number:06d}.jsonl" for number in range(count)]
+        mine = [number for number in range(rank, count, ranks) if not parts[number].exists()]
+        for number in tqdm(mine, desc="sampling", unit="chunk", disable=rank > 0):
+            begin = number * config.chunk
+            these = prompts[begin : begin + config.chunk]
+            seeds = np.random.SeedSequence([config.seed, number]).generate_state(len(these)).tolist()
+            found = candidates(
+                model, tokenizer, these, reward, config.samples, config.temperature, config.top_p,
+                config.max_new_tokens, seeds,
+            )  # fmt: skip
+            write_best(parts[number], best(these, found))
+        if ranks > 1:
+            dist.barrier()
+        if rank == 0:
+            rows = [row for part in parts for row in read_best(part)]
+            if config.earlier:
+                rows = bag([*(read_best(path) for path in config.earlier), rows], reward)
+            write_best(config.out / "best.jsonl", rows)
+            print(f"{len(rows):,} best answers, mean reward {np.mean([row.reward for row in rows]):.3f}")
+        if ranks > 1:
+            dist.barrier()
+    return config.out / "best.jsonl"
+
+
+def record_settings(config: RejectionConfig):
+    "Write out/settings.json; ValueError when the folder holds chunks of another configuration."
+    path = config.out / "settings.json"
+    digest = hashlib.sha256(config.prompts.read_bytes()).hexdigest()
+    ours = json.loads(json.dumps(asdict(config) | {"out": None, "prompts": digest}, default=str))
+    if path.exists():
+        check_same(json.loads(path.read_text("utf-8")), ours, config.out)
+    write_atomic(path, json.dumps(ours, indent=1) + "\n")
+
+
+@record
+def cli(prog: str = "python -m llama2lib.rejection"):
+    "python -m llama2lib.rejection RECIPE [options]: the best of K answers; under torchrun, on all its ranks."
+    about = {name: f"{config.samples} samples of each prompt" for name, config in REJECTION.items()}
+    command(run, {name: (about[name], config) for name, config in REJECTION.items()}, prog)
+
+# %% [markdown]
+# ## PPO
+#
+# The reward of an answer that PPO maximises has a penalty for moving away from the policy $\pi_0$ that training began
+# with, Equation 4:
+#
+# $$R(g\mid p)=\tilde R_c(g\mid p)-\beta D_{KL}(\pi_\theta(g\mid p)\parallel\pi_0(g\mid p))$$
+#
+# An answer is many actions, its tokens. PPO asks for each how much better the rest went than expected, its *advantage*,
+# and makes tokens of positive advantage likelier. What is expected is told by a second network, the value model.
+#
+# The paper gives the optimiser, the batch, the clip threshold and β. Where it is silent, ours:
+#
+# | | choice | as in |
+# |---|---|---|
+# | π_0 | the policy at the beginning of the run | section 3.2.3, 'the original policy' |
+# | KL | per token, log π − log π_0 of the sampled token, subtracted from its reward | Stiennon et al. 2020 |
+# | score | on the last token; γ 1, λ 0.95 | Stiennon et al. 2020 |
+# | value model | a network of its own that begins with the helpfulness model's body and a zero head: whitened scores have mean 0 | body: Stiennon et al. 2020 |
+# | advantages | whitened over all tokens of the batch | Stiennon et al. 2020 |
+# | answers without EOS | get −1 in place of the whitened score, and do not take part in the whitening | Huang et al. 2024 |
+# | minibatches | consecutive parts of the batch, whose prompts come in random order | – |
+
+# %%
+#| default_exp ppo
+
+# %%
+#| export
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+from tqdm import tqdm
+
+from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint
+from llama2lib.dialog import decode_answer, encode_dialog
+from llama2lib.distributed import Parallel, StateFolder, data_ranks, make_mesh, parallelize, processes, training_tensors
+from llama2lib.formats import without_memory
+from llama2lib.generation import generate
+from llama2lib.model import Llama
+from llama2lib.optim import adamw
+from llama2lib.pretrain import IGNORE, MAY_CHANGE, Log, check_same, command, train_step
+from llama2lib.reward import RewardModel
+from llama2lib.rollout import (
+    Policy, Prompt, Reward, Rows, Value, combined_reward, consolidated, drawn, in_passes, passes, read_prompts,
+    scorer_of, untagged, whiten,
+)  # fmt: skip
+from llama2lib.tokenizer import Tokenizer
+
+
+def gae(
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+    """Advantages of actions, and returns, which are what the values should have been (Schulman et al. 2016).
+
+    `mask`: which places hold an action, a run in each row; elsewhere both results are 0. The value behind the last
+    action is 0.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages, later = torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    following = torch.zeros_like(later)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        later = (delta + gamma * lam * later) * mask[:, t]
+        advantages[:, t], following = later, values[:, t]
+    return advantages, advantages + values
+
+
+def ppo_losses(
+    logprobs: Float[Tensor, "..."], old: Float[Tensor, "..."], advantages: Float[Tensor, "..."], clip: float = 0.2
+) -> Float[Tensor, "..."]:
+    "PPO's clipped loss of each token, with `old` the log-probabilities under the policy that sampled it."
+    ratio = (logprobs - old).exp()
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+
+
+def ppo_loss(
+    logprobs: Float[Tensor, "B T"],
+    old: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    clip: float = 0.2,
+) -> Float[Tensor, ""]:
+    "Mean of `ppo_losses` over the places where `mask` is true."
+    return ppo_losses(logprobs, old, advantages, clip)[mask].mean()
+
+
+def value_losses(
+    values: Float[Tensor, "..."], old: Float[Tensor, "..."], returns: Float[Tensor, "..."], clip: float = 0.2
+) -> Float[Tensor, "..."]:
+    "Half the squared error of each value, or of the value at most `clip` away from the `old` one if that is larger."
+    near = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+# %% [markdown]
+# A case to follow by hand, γ = 1 and λ = 0.5. The last token has the score 1 and its value was 0.5: advantage 0.5. The
+# token before gains 0.5 − 0.25 by its successor's value, and half of 0.5: 0.5.
+
+# %%
+advantages, returns = gae(
+    torch.tensor([[9.0, 0.0, 1.0, 9.0]]), torch.tensor([[9.0, 0.25, 0.5, 9.0]]),
+    torch.tensor([[False, True, True, False]]), gamma=1.0, lam=0.5,
+)  # fmt: skip
+assert advantages.tolist() == [[0.0, 0.5, 0.5, 0.0]] and returns.tolist() == [[0.0, 0.75, 1.0, 0.0]]
+{"advantages": advantages.tolist(), "returns": returns.tolist()}
+
+# %% [markdown]
+# ### Policy and value model
+#
+# The policy gives the log-probability of each sampled token. All of them, also those of $\pi_0$, are taken at the
+# temperature that the answers were sampled with. The output matrix, a quarter of a small model's work, is applied where
+# there is an answer only.
+
+# %%
+#| export rollout
+class Policy(Llama):
+    "Llama 2 with log-probabilities of given tokens in the place of logits."
+
+    def forward(
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], temperature: float = 1.0
+    ) -> Float[Tensor, "B T"]:
+        "Log-probability of each target, after the token in its place, at a temperature; 0 where it is IGNORE. float32"
+        states, chosen = self.hidden(tokens), targets != IGNORE
+        if isinstance(states, DTensor):  # tensor parallelism: the tokens are divided among ranks
+            logits = whole(self.output(states))[chosen]
+        else:
+            logits = self.output(states[chosen])
+        logprobs = -F.cross_entropy(logits.float() / temperature, targets[chosen], reduction="none")
+        return torch.zeros(targets.shape, device=targets.device).masked_scatter(chosen, logprobs)
+
+
+class Value(RewardModel):
+    "A reward model's body with an expectation of the score, at every token."
+
+    def forward(self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        "What score is expected after each token. float32; `targets` are not read"
+        return whole(self.score(self.hidden(tokens))).squeeze(-1).float()
+
+
+def policy_of(model: Llama) -> Policy:
+    "A policy with a copy of a model's weights."
+    weight = model.tok_embeddings.weight
+    policy = Policy(model.config).to(weight.device, weight.dtype)
+    policy.load_state_dict(model.state_dict())
+    return policy
+
+
+def value_of(model: RewardModel) -> Value:
+    "A value model with a copy of a reward model's body, and a head of zeros."
+    value = Value.of(model)
+    nn.init.zeros_(value.score.weight)
+    return value
+
+# %% [markdown]
+# ### The recipe
+
+# %%
+#| export
+@dataclass(frozen=True)
+class PPOConfig:
+    """A run of PPO; the recipe's defaults are the paper's for 7B and 13B (section 3.2.3).
+
+    ValueError, naming the numbers, for a recipe that cannot work.
+    """
+
+    model: str = "runs/rejection-sft/model"  # the policy's folder to begin with, which is π_0 as well
+    helpfulness: str = "runs/reward-helpfulness/model"  # reward models' folders, of the policy's tokenizer
+    safety: str | None = "runs/reward-safety/model"  # none: the helpfulness model decides alone
+    lr: float = 1e-6  # constant; of policy and value model
+    value_lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-5  # of AdamW
+    weight_decay: float = 0.1  # of matrices; the norms' weights are exempt
+    grad_clip: float = 1.0  # largest norm of the gradient, of each of the two models
+    iterations: int = 400  # at most; the paper: 200 to 400, by early stopping
+    batch: int = 512  # prompts of an iteration, over all GPUs
+    minibatch: int = 64  # of them for one gradient step
+    clip: float = 0.2  # of the ratio, and of the value
+    beta: float = 0.01  # of the KL penalty; 34B and 70B: 0.005
+    gate: float = 0.15  # probability of safe below which the safety model's score counts
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # of GAE
+    unfinished: float = -1.0  # whitened score of an answer that does not end
+    temperature: float = 1.0  # of the samples
+    max_new_tokens: int = 1024  # of an answer
+    recompute: bool = True  # log-probabilities of the samples anew, in training's arithmetic, not generation's
+    seed: int = 0  # of prompts and samples
+
+    prompts: Path = Path("prompts.jsonl")  # conversations that end with the user, and is_safety
+    held_out: Path | None = None  # prompts for early stopping: the best version by their reward is kept
+    every: int = 10  # iterations between looks at them
+    patience: int = 5  # looks without a better one, after which training stops
+    out: Path = Path("runs/ppo")  # log, checkpoints, and the trained model as a Hugging Face folder
+    micro_batch: int = 4  # answers in one pass of one GPU; the rest of the minibatch is accumulated
+    parallel: Parallel = field(default_factory=Parallel)
+    save_every: int = 10  # iterations between checkpoints, from which the same command resumes
+    keep: int = 2  # checkpoints that are kept
+    tensorboard: bool = False  # beside out/log.jsonl
+
+    def __post_init__(self):
+        counts = "iterations", "batch", "minibatch", "max_new_tokens", "every", "patience", "micro_batch", "save_every"
+        for name in (*counts, "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.batch % self.minibatch:
+            raise ValueError(f"batch {self.batch} is not a multiple of minibatch {self.minibatch}")
+        if not 0 < self.gate < 1 or self.temperature <= 0 or self.beta < 0 or self.clip <= 0:
+            numbers = f"gate {self.gate}, temperature {self.temperature}, beta {self.beta}, clip {self.clip}"
+            raise ValueError(f"{numbers}: expected 0 < gate < 1, above 0, at least 0, above 0")
+
+
+PPO = {
+    "paper": PPOConfig(parallel=Parallel(ac="selective", reduce="micro_batch")),
+    "paper-70B": PPOConfig(beta=0.005, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
+    "mini": PPOConfig(
+        lr=2e-4, value_lr=1e-3, iterations=60, batch=64, minibatch=32, beta=0.05, max_new_tokens=64, recompute=False,
+        micro_batch=8,
+    ),
+}  # fmt: skip
+
+# %% [markdown]
+# ### An iteration
+#
+# The policy answers a batch of prompts; the reward models score the answers, $\pi_0$ and the value model read them. From
+# then on all numbers are in place: row b, column t belongs to the token that follows token t of answer b. The passes
+# take answers of similar length together.
+
+# %%
+#| export rollout
+class Rows(NamedTuple):
+    "Answers in their places: tokens, and which token follows where it is an answer's, else IGNORE; both (B T)."
+
+    tokens: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+
+    @classmethod
+    def of(cls, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> "Rows":
+        "Prompts with answers, filled up at the end."
+        tokens = padded([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)])
+        targets = torch.full((len(tokens), tokens.shape[1] - 1), IGNORE)
+        for row, ids, prompt, answer in zip(targets, tokens, prompts, answers, strict=True):
+            places = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            row[places] = ids[1:][places]
+        return cls(tokens[:, :-1], targets)
+
+
+def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"]]:
+    "Numbers of rows, those of similar length together, at most `most` in a pass; as many passes for as many rows."
+    return np.array_split(np.argsort(lengths, kind="stable"), math.ceil(len(lengths) / most))
+
+
+def divide_again(model: Llama):
+    "Let FSDP take apart what it leaves whole after a pass without a backward pass: embedding, last norm, output."
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+@torch.no_grad()
+def in_passes(model: Policy | Value, rows: Rows, order: list[np.ndarray], lengths: np.ndarray, *args) -> Tensor:
+    "`model(tokens, targets, *args)` of all rows, (B T), in passes."
+    out = torch.zeros(rows.targets.shape, device=rows.targets.device)
+    for these in order:
+        longest = lengths[these].max()
+        out[these, :longest] = model(*(x[these, :longest] for x in rows), *args)
+    divide_again(model)
+    return out
+
+
+def scorer_of(model: RewardModel, tokenizer: Tokenizer, most: int) -> Scorer:
+    """A reward model, whole or divided among ranks, as a function of conversations; at most `most` of them in a pass.
+
+    All ranks bring as many conversations. One that is longer than the context is read up to there.
+    """
+
+    @torch.no_grad()
+    def scores(dialogs):
+        tokens = [encode_dialog(tokenizer, messages)[0][: model.config.max_seq_len] for messages in dialogs]
+        lengths, out = np.array([len(ids) for ids in tokens]), np.empty(len(tokens), np.float32)
+        device = model.tok_embeddings.weight.device
+        for these in passes(lengths, most):
+            last = torch.from_numpy(lengths[these, None] - 1)
+            out[these] = model(padded([tokens[i] for i in these]).to(device), last.to(device))[:, 0].cpu()
+        divide_again(model)
+        return out
+
+    return scores
+
+# %%
+#| export
+class PPOStep(NamedTuple):
+    """What an iteration measured over its batch.
+
+    `reward`, `helpful`, `safety`: mean logits, of R_c, R_h, R_s; `kl`: mean over answers of log π - log π_0, in nats;
+    `ratio`: largest |π/π_old - 1| in the first minibatch; `clipped`: share of tokens outside the clip threshold;
+    `finished`: share of answers with EOS; `tokens`: of answers, so far.
+    """
+
+    step: int
+    reward: float
+    helpful: float
+    safety: float
+    kl: float
+    loss: float
+    value_loss: float
+    ratio: float
+    clipped: float
+    finished: float
+    grad_norm: float
+    tokens: int
+
+
+class Batch(NamedTuple):
+    "A batch of answers with all that the gradient steps need; `sums` over answers: R_c, R_h, R_s, KL, finished."
+
+    rows: Rows
+    lengths: Int[np.ndarray, "B"]
+    old: Float[Tensor, "B T"]
+    advantages: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]
+    sums: Float[Tensor, "5"]
+
+
+def rollout(
+    policy: Policy,
+    reference: Policy,
+    value: Value,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    asked: Sequence[list[int]],
+    reward: Reward,
+    config: PPOConfig,
+    seeds: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+) -> Batch:
+    "Answer prompts, whose tokens are `asked`, and put rewards, values and advantages in place (Equation 4)."
+    device = policy.tok_embeddings.weight.device
+    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
+        made = generate(
+            generator, asked, config.max_new_tokens, config.temperature, seed=seeds, eos_id=tokenizer.eos_id
+        )
+    said = [untagged(decode_answer(tokenizer, completion.tokens)) for completion in made]
+    finished = torch.tensor([c.finished and tidy for c, (_, tidy) in zip(made, said, strict=True)], device=device)
+    scores = reward(prompts, [text for text, _ in said])
+    rows = Rows(*(x.to(device) for x in Rows.of(asked, [completion.tokens for completion in made])))
+    mask = rows.targets != IGNORE
+    lengths = np.array([len(ids) + len(c.tokens) - 1 for ids, c in zip(asked, made, strict=True)])
+    order = passes(lengths, config.micro_batch)
+    if config.recompute:
+        old = in_passes(policy, rows, order, lengths, config.temperature)
+    else:
+        behaviour = torch.tensor([logprob for completion in made for logprob in completion.logprobs], device=device)
+        old = torch.zeros(mask.shape, device=device).masked_scatter(mask, behaviour)
+    ratio = old - in_passes(reference, rows, order, lengths, config.temperature)
+    values = in_passes(value, rows, order, lengths) * mask
+
+    combined = torch.tensor(scores.combined, device=device)
+    final = torch.full_like(combined, config.unfinished)
+    final[finished] = whiten(combined[finished], group)
+    rewards = -config.beta * ratio
+    rewards[torch.arange(len(rewards)), torch.tensor(lengths - 1)] += final
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+    advantages = torch.zeros_like(advantages).masked_scatter(mask, whiten(advantages[mask], group))
+    sums = [*(part.sum() for part in scores), ratio.sum().item(), finished.sum().item()]
+    return Batch(rows, lengths, old, advantages, values, returns, torch.tensor(sums, device=device))
+
+
+def update(
+    policy: Policy,
+    value: Value,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    batch: Batch,
+    these: Int[np.ndarray, "M"],
+    config: PPOConfig,
+    group: dist.ProcessGroup | None,
+    counted: Float[Tensor, "3"],
+) -> tuple[float, float, float]:
+    """A gradient step of both models on a minibatch, the answers `these`: mean losses, and the policy's gradient norm.
+
+    `counted` is added to: the largest |ratio - 1| so far, the tokens that are clipped, and the tokens.
+    """
+    rows, lengths, old, advantages, values, returns, _ = batch
+    count = (rows.targets[these] != IGNORE).sum()
+    if group is not None:
+        dist.all_reduce(count, group=group)
+    parts = []
+    for order in passes(lengths[these], config.micro_batch):
+        part = these[order]
+        longest = lengths[part].max()
+        parts.append([x[part, :longest] for x in (*rows, old, advantages, values, returns)])
+
+    def policy_loss(model, tokens, targets, old, advantages):
+        mask = targets != IGNORE
+        logprobs = model(tokens, targets, config.temperature)
+        away = ((logprobs - old)[mask].detach().exp() - 1).abs()
+        counted[0] = torch.maximum(counted[0], away.max())
+        counted[1] += (away > config.clip).sum()
+        counted[2] += len(away)
+        return ppo_losses(logprobs, old, advantages, config.clip)[mask].sum()
+
+    def value_loss(model, tokens, targets, values, returns):
+        return value_losses(model(tokens, targets), values, returns, config.clip)[targets != IGNORE].sum()
+
+    reduce = config.parallel.reduce
+    inputs = [(*part[:2], *part[2:4]) for part in parts], [(*part[:2], *part[4:]) for part in parts]
+    loss, norm = train_step(policy, optimizers[0], inputs[0], count.item(), config.grad_clip, reduce, policy_loss)
+    error, _ = train_step(value, optimizers[1], inputs[1], count.item(), config.grad_clip, reduce, value_loss)
+    return loss, error, norm
+
+
+def ppo(
+    policy: Policy,
+    reference: Policy,
+    value: Value,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: PPOConfig,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer] | None = None,
+    start: int = 0,
+    tokens: int = 0,
+) -> Iterator[PPOStep]:
+    """Train `policy`, and `value`, on prompts, yielding a `PPOStep` after each iteration (section 3.2.3).
+
+    With the `optimizers` of an earlier part of the run, `start` at a later iteration, after so many `tokens`. The
+    models may be of different sizes, and divided among ranks. ValueError without prompts, for one that leaves no room for an
+    answer, and for a batch that the ranks cannot share; FloatingPointError, naming the iteration, for a score, loss or
+    gradient that is not finite.
+    """
+    if not prompts:
+        raise ValueError("no prompts to train on")
+    rank, ranks, group = data_ranks(policy)
+    if config.minibatch % ranks:
+        raise ValueError(f"minibatch {config.minibatch} is not a multiple of {ranks} ranks")
+    optimizers = optimizers or optimizers_of(policy, value, config)
+    asked = [encode_dialog(tokenizer, prompt.messages)[0] for prompt in prompts]
+    room = policy.config.max_seq_len
+    if (least := min(reference.config.max_seq_len, value.config.max_seq_len)) < room:
+        raise ValueError(f"a context of {least} tokens is too short for the policy's answers, which may have {room}")
+    if (longest := max(map(len, asked))) >= room:
+        number = next(i for i, ids in enumerate(asked) if len(ids) == longest)
+        raise ValueError(f"prompt {number} has {longest} tokens: the context of {room} leaves no room for an answer")
+    device = policy.tok_embeddings.weight.device
+    for step in range(start, config.iterations):
+        numbers = drawn(len(prompts), config.batch, step, config.seed)[rank::ranks]
+        seeds = np.random.SeedSequence([config.seed, step]).generate_state(config.batch)[rank::ranks].tolist()
+        try:
+            batch = rollout(
+                policy, reference, value, tokenizer, [prompts[i] for i in numbers], [asked[i] for i in numbers], reward,
+                config, seeds, group,
+            )  # fmt: skip
+            measured, counted, share = [], torch.zeros(3, device=device), config.minibatch // ranks
+            for these in np.arange(len(numbers)).reshape(-1, share):
+                measured.append(update(policy, value, optimizers, batch, these, config, group, counted))
+                opening = counted[0].clone() if len(measured) == 1 else opening
+        except FloatingPointError as error:
+            raise FloatingPointError(f"iteration {step}: {error}") from None
+        sums = torch.cat([batch.sums, counted[1:]])
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+            dist.all_reduce(opening, op=dist.ReduceOp.MAX, group=group)
+        *means, clipped, count = (sums / sums.new_tensor([*[config.batch] * 5, sums[6], 1.0])).tolist()
+        tokens += int(count)
+        loss, value_loss, norm = np.mean(measured, axis=0).tolist()
+        *scores, kl, finished = means
+        yield PPOStep(
+            step, *scores, kl, loss, value_loss, opening.item(), clipped, finished, norm, tokens
+        )
+
+
+def optimizers_of(policy: Policy, value: Value, config: PPOConfig) -> tuple[torch.optim.AdamW, torch.optim.AdamW]:
+    "AdamW for the two models that learn."
+    settings = config.betas, config.eps, config.weight_decay
+    return adamw(policy, config.lr, *settings), adamw(value, config.value_lr, *settings)
+
+# %% [markdown]
+# ### The run
+#
+# `python -m llama2lib.ppo` trains as chapter 03's command does, with checkpoints of both models. On held-out prompts the
+# mean reward is taken every few iterations; the best version is what is saved, and without a better one for some time
+# training stops. The authors train for 200 to 400 iterations, stopped early by held-out prompts.
+
+# %%
+#| export
+def held_out_reward(
+    policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Prompt], reward: Reward, config: PPOConfig
+) -> float:
+    "Mean R_c, as a logit, of an answer to each prompt; of a divided policy each rank answers an equal share."
+    rank, ranks, group = data_ranks(policy)
+    mine = list(prompts)[rank : len(prompts) // ranks * ranks : ranks]
+    device = policy.tok_embeddings.weight.device
+    seeds = np.random.SeedSequence([config.seed, len(prompts)]).generate_state(len(prompts))[rank::ranks][: len(mine)]
+    asked = [encode_dialog(tokenizer, prompt.messages)[0] for prompt in mine]
+    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
+        made = generate(
+            generator, asked, config.max_new_tokens, config.temperature, seed=seeds.tolist(), eos_id=tokenizer.eos_id
+        )
+    texts = [untagged(decode_answer(tokenizer, completion.tokens))[0] for completion in made]
+    sums = torch.tensor([reward(mine, texts).combined.sum(), len(mine)], device=device)
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return (sums[0] / sums[1]).item()
+
+
+def opened(path: str, kind: type[Llama], holds: type[Llama], mesh, parallel: Parallel, device: torch.device) -> Llama:
+    "The checkpoint of a model that `holds` says, as a model of a `kind` with the same parameters, divided over a mesh."
+    shape, _, pieces = read_tensors(path, holds)
+    model = without_memory(shape, kind)
+    compute = torch.bfloat16 if device.type == "cuda" else None
+    parallelize(model, mesh, parallel, compute).to_empty(device=device)
+    copy_weights(model, pieces)
+    return model
+
+
+def run(config: PPOConfig) -> Path:
+    """Train with PPO, or go on training, as `config` says; returns the folder of the trained policy.
+
+    Writes out/log.jsonl, out/step-…, and out/model, a Hugging Face folder. ValueError, naming the folders, for reward
+    models of another tokenizer; other errors as in `pretrain.run`.
+    """
+    with processes() as device:
+        tokenizer = Tokenizer(config.model)
+        for folder in filter(None, (config.helpfulness, config.safety)):
+            if Tokenizer(folder).digest != tokenizer.digest:
+                raise ValueError(f"{folder} has another tokenizer than {config.model}: expected the same")
+        paths = [config.prompts] + [config.held_out] * (config.held_out is not None)
+        prompts, *held_out = (read_prompts(path, tagged=config.safety is not None) for path in paths)
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths) + tokenizer.digest.encode()).hexdigest()
+        frozen, mesh = replace(config.parallel, ac="none"), make_mesh(config.parallel, device.type)
+        policy = opened(config.model, Policy, Llama, mesh, config.parallel, device)
+        reference = opened(config.model, Policy, Llama, mesh, frozen, device)
+        value = opened(config.helpfulness, Value, RewardModel, mesh, config.parallel, device)
+        with torch.no_grad():
+            value.score.weight.zero_()
+        scorers = [
+            scorer_of(opened(path, RewardModel, RewardModel, mesh, frozen, device), tokenizer, config.micro_batch)
+            for path in (config.helpfulness, config.safety)
+            if path is not None
+        ]
+        return train(config, policy, reference, value, tokenizer, prompts, held_out, Reward(*scorers), digest)
+
+
+def train(
+    config: PPOConfig,
+    policy: Policy,
+    reference: Policy,
+    value: Value,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Sequence[Prompt]],
+    reward: Reward,
+    digest: str,
+) -> Path:
+    "What `run` does when all is loaded: log, bar, checkpoints, early stopping on the first of `held_out`, if any."
+    first, device = not dist.is_initialized() or dist.get_rank() == 0, policy.tok_embeddings.weight.device
+    states = StateFolder(config.out, config.keep, in_background=device.type == "cuda")
+    newest, optimizers = states.latest(), optimizers_of(policy, value, config)
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, model, optimizer in zip(("policy", "value"), (policy, value), optimizers, strict=True)
+        for key, tensor in training_tensors(model, optimizer).items()
+    }
+    kept = {name: x for name, x in asdict(config).items() if name not in (*MAY_CHANGE, "prompts", "held_out")}
+    facts = {"settings": json.loads(json.dumps(kept | {"data digest": digest}))}
+    progress = {"step": 0, "tokens": 0, "best": None, "waited": 0}
+    if newest:
+        check_same(states.facts()["settings"], facts["settings"], newest)
+        stored = states.load(tensors)
+        progress = {name: stored[name] for name in progress}
+    log = Log(config.out, progress["step"], config.tensorboard) if first else None
+    lines = "RANK" in os.environ and not sys.stderr.isatty()
+    bar = tqdm(
+        total=config.iterations, initial=progress["step"], unit="iteration", desc="PPO", disable=not first or lines
+    )
+    loop = ppo(
+        policy, reference, value, tokenizer, prompts, reward, config, optimizers, progress["step"], progress["tokens"]
+    )
+    folder = config.out / "model"
+
+    def keep():
+        save_checkpoint(policy, folder, tokenizer, dtype=torch.bfloat16 if device.type == "cuda" else None)
+
+    try:
+        for step in loop if progress["waited"] < config.patience else ():
+            states.poll()
+            progress |= {"step": step.step + 1, "tokens": step.tokens}
+            line, last = {n: x if math.isfinite(x) else None for n, x in step._asdict().items()}, False
+            if held_out and ((step.step + 1) % config.every == 0 or step.step + 1 == config.iterations):
+                line["held_out"] = held_out_reward(policy, tokenizer, held_out[0], reward, config)
+                better = progress["best"] is None or line["held_out"] > progress["best"]
+                progress |= {"best": line["held_out"], "waited": 0} if better else {"waited": progress["waited"] + 1}
+                last = progress["waited"] >= config.patience
+                if better:
+                    keep()
+            if first:
+                log.write(line)
+                shown = f"reward {step.reward:.3f} | KL {step.kl:.2f} | finished {step.finished:.0%}"
+                bar.set_postfix_str(shown, refresh=False)
+                bar.update()
+                if lines and ((step.step + 1) % max(1, config.iterations // 20) == 0 or last):
+                    print(f"iteration {step.step + 1} of {config.iterations} | {shown}", flush=True)
+            if last or (step.step + 1) % config.save_every == 0 or step.step + 1 == config.iterations:
+                states.save(step.step + 1, tensors, facts | progress)
+            if last:
+                break
+        states.wait()
+    except FloatingPointError as error:
+        states.wait()
+        raise FloatingPointError(f"{error}; the last good checkpoint is {states.latest() or 'none'}") from None
+    finally:
+        bar.close()
+        if log:
+            log.close()
+    if not held_out:
+        keep()
+    return folder
+
+
+@record
+def cli(prog: str = "python -m llama2lib.ppo"):
+    "python -m llama2lib.ppo RECIPE [options]: PPO on two reward models (section 3.2.3); under torchrun, on all ranks."
+    about = {name: f"{c.batch} prompts an iteration, β {c.beta:g}, lr {c.lr:g}" for name, c in PPO.items()}
+    command(run, {name: (about[name], config) for name, config in PPO.items()}, prog)
+
+# %% [markdown]
+# ## On the mini world
+#
+# The policy is the chat model of chapter 03, the reward models are those of chapter 04, and the gold judge, which no
+# training sees, says whether answers become better. A fifth of the prompts are adversarial and tagged. The tests ask in
+# wordings and about people and things that no training prompt has.
+
+# %%
+#| default_exp mini_rlhf
+
+# %%
+#| export
+from dataclasses import replace
+
+import numpy as np
+from tqdm import tqdm
+
+from llama2lib import mini, mini_rewards
+from llama2lib.chat import respond
+from llama2lib.dialog import Message, encode_dialog
+from llama2lib.judge import scores
+from llama2lib.model import Llama
+from llama2lib.ppo import PPO, PPOConfig, ppo
+from llama2lib.recipes import by_scale, cached
+from llama2lib.rejection import Best, best, candidates
+from llama2lib.rollout import Prompt, Reward, policy_of, scorer_of, value_of
+from llama2lib.sft import SFT, Batches, SFTConfig, sft
+from llama2lib.synthetic import prompts
+
+TAGGED = 0.2  # share of adversarial prompts
+ROUND = by_scale(smoke=(24, 2), laptop=(1000, 8), a100=(1000, 8))  # prompts and samples of a round
+LOOK = by_scale(smoke=20, laptop=250, a100=250)  # prompts of a look at a policy while PPO goes on
+TEMPERATURE = 1.0
+
+
+def asked(seed: int, number: int, count: int, split: str = "train", tagged: float = TAGGED) -> list[Prompt]:
+    "Prompts of a seed, the `number`-th draw; a share of them adversarial, and tagged."
+    random, harmful = np.random.default_rng([30, seed, number]), round(tagged * count)
+    plain = [Prompt(messages, False) for messages in prompts(random, count - harmful, split)]
+    drawn = plain + [Prompt(messages, True) for messages in prompts(random, harmful, split, "adversarial")]
+    return [drawn[i] for i in random.permutation(count)]
+
+
+def reward(seed: int, safety: bool = True, value: str = "helpfulness") -> Reward:
+    "The reward models of a seed; without `safety`, that of helpfulness alone."
+    scorers = [scorer_of(mini_rewards.reward_model(seed, name), mini.tokenizer(), 64) for name in ("helpfulness", "safety")]
+    return Reward(*scorers[: 1 + safety])
+
+
+def gold(model: Llama, these: list[Prompt], temperature: float = TEMPERATURE, seed: int = 0) -> np.ndarray:
+    "Gold helpfulness and safety (N 2) of a model's answers to prompts."
+    dialogs = [prompt.messages for prompt in these]
+    replies = respond(model, mini.tokenizer(), dialogs, 64, temperature, seed=seed)
+    return scores(dialogs, [tuple(reply) for reply in replies])
+
+
+def sampled(inputs: dict) -> dict:
+    """The best answers of a policy to prompts; `inputs`: seed, policy (weights), number (of the draw of prompts), count,
+    samples, temperature, safety.
+    """
+    seed, policy = inputs["seed"], mini.loaded(mini.SIZE, inputs["policy"])
+    these, rows = asked(seed, inputs["number"], inputs["count"]), []
+    model, judge = policy, reward(seed, inputs["safety"])
+    parts = [these[i : i + 100] for i in range(0, len(these), 100)]
+    for number, part in enumerate(tqdm(parts, desc="rejection sampling", unit="part", leave=False)):
+        found = candidates(
+            model, mini.tokenizer(), part, judge, inputs["samples"], inputs["temperature"], seed=1000 * inputs["number"] + number
+        )
+        rows += best(part, found)
+    return {"rows": [[row.prompt.messages, row.prompt.is_safety, row.answer, row.reward] for row in rows]}
+
+
+def chosen(
+    seed: int, policy: Llama, number: int = 0, samples: int = ROUND[1], temperature: float = TEMPERATURE, safety: bool = True
+) -> list[Best]:
+    "A round of rejection sampling with a policy: its best answers."
+    inputs = {"seed": seed, "policy": policy.state_dict(), "number": number, "count": ROUND[0], "samples": samples}
+    inputs |= {"temperature": temperature, "safety": safety}
+    rows = cached(f"mini-best-seed{seed}", inputs, sampled)["rows"]
+    return [Best(Prompt(messages, tag), answer, reward) for messages, tag, answer, reward in rows]
+
+
+def went_on(inputs: dict) -> dict:
+    "Weights after fine-tuning on dialogs; `inputs`: policy (weights to begin with), recipe, dialogs."
+    model, recipe = mini.loaded(mini.SIZE, inputs["policy"]), inputs["recipe"]
+    examples = [encode_dialog(mini.tokenizer(), messages) for messages in inputs["dialogs"]]
+    mini.watched(sft(model, examples, recipe), len(Batches(examples, recipe)), "fine-tuning")
+    return {"weights": model.state_dict()}
+
+
+def tuned_on(seed: int, start: Llama, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"]) -> Llama:
+    "A model after fine-tuning on dialogs, beginning with `start`."
+    inputs = {"policy": start.state_dict(), "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
+    return mini.loaded(mini.SIZE, cached(f"mini-rs-seed{seed}", inputs, went_on)["weights"])
+
+
+def pushed(inputs: dict) -> dict:
+    """Weights and log of PPO, with looks at gold scores of test prompts; `inputs`: seed, policy (weights), recipe,
+    safety, count (of prompts).
+    """
+    seed, recipe, policy = inputs["seed"], inputs["recipe"], policy_of(mini.loaded(mini.SIZE, inputs["policy"]))
+    reference, value = policy_of(policy), value_of(mini_rewards.reward_model(seed))
+    judge, these = reward(seed, inputs["safety"]), asked(seed, 100, inputs["count"])
+    test = asked(seed, 101, LOOK, "test", 0.0), asked(seed, 102, LOOK // 2, "test", 1.0)
+    loop = ppo(policy, reference, value, mini.tokenizer(), these, judge, recipe)
+    log, looks = [], []
+    for step in tqdm(loop, total=recipe.iterations, desc="PPO", unit="iteration", leave=False):
+        log.append({name: float(x) for name, x in step._asdict().items()})
+        if (step.step + 1) % recipe.every == 0:
+            helpful, safe = (gold(policy, part) for part in test)
+            looks.append([step.step + 1, helpful[:, 0].mean(), safe[:, 1].mean()])
+    return {"weights": policy.state_dict(), "log": log, "looks": looks}
+
+
+def ppo_tuned(seed: int, start: Llama, recipe: PPOConfig = PPO["mini"], safety: bool = True, count: int = 4 * ROUND[0]):
+    "A model after PPO that begins with `start`, the log, and looks: iteration, gold helpfulness, gold safety."
+    inputs = {"seed": seed, "policy": start.state_dict(), "recipe": replace(recipe, seed=seed), "safety": safety}
+    found = cached(f"mini-ppo-seed{seed}", inputs | {"count": count}, pushed)
+    return mini.loaded(mini.SIZE, found["weights"]), found["log"], found["looks"]
