@@ -64,6 +64,8 @@ bench: env  ## timings as ratios: to transformers, SentencePiece, a bare trainin
 	$(PY) tests/benchmarks/data.py
 	$(PY) tests/benchmarks/pretraining.py
 	$(PY) tests/benchmarks/sft.py
+	$(PY) tests/benchmarks/reward.py
+	$(PY) tests/benchmarks/ppo.py
 
 lab: env  ## open the chapters in Jupyter
 	$(PY) -m jupyterlab chapters --port $(PORT)

@@ -8,26 +8,37 @@
 #
 # $$\arg\max_\pi\ \mathbb{E}_{p\sim\mathcal{D},\,g\sim\pi}\,[R(g\mid p)]$$
 #
-# They differ in breadth and in depth. *Rejection sampling* draws K answers to a prompt from one policy and fine-tunes on
-# the best of them. *PPO* draws one answer to a prompt, and its policy changes with every step. The authors use rejection
-# sampling alone up to the fourth version of the model, RLHF-V4, and from then on PPO on top of it.
+# They differ in breadth and in depth. *Rejection sampling* draws K answers to a prompt from one policy and fine-tunes
+# on the best of them. *PPO* draws one answer to a prompt, and its policy changes with every step. The authors use
+# rejection sampling alone up to the fourth version of the model, RLHF-V4, and from then on PPO on top of it.
+#
+# > Ours: this chapter defines both and runs them on several processes. What they do to the mini world's models is not
+# > in it yet.
 
 # %%
+import json
+import os
+import shutil
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 from llama2lib import ledger, mini, mini_rewards, paper, plots
-from llama2lib.claims import compare
-from llama2lib.recipes import by_scale, seeds
+from llama2lib.checkpoint import save_checkpoint
+from llama2lib.launch import launch
+from llama2lib.recipes import ROOT, cache_folder, scale
+from llama2lib.synthetic import prompts
 
 plt.rcParams.update(plots.STYLE)
 
 # %% [markdown]
 # ## Prompts
 #
-# Some prompts are tagged: they might elicit an unsafe answer, and for these the score of the safety model counts. A line
-# of a file of prompts is an object with `messages`, a conversation up to a message of the user, and `is_safety`, the tag.
+# Some prompts are tagged: they might elicit an unsafe answer, and for these the score of the safety model counts. A
+# line of a file of prompts is an object with `messages`, a conversation up to a message of the user, and `is_safety`,
+# the tag.
 
 # %%
 #| default_exp rollout
@@ -111,10 +122,11 @@ def drawn(count: int, batch: int, step: int, seed: int) -> np.ndarray:
 # %% [markdown]
 # ## The reward
 #
-# Two models score an answer, and the safety model has precedence. Its score counts where the prompt is tagged, and where
-# it finds the answer unsafe, below 0.15 as a probability; otherwise the helpfulness model's counts:
+# Two models score an answer, and the safety model has precedence. Its score counts where the prompt is tagged, and
+# where it finds the answer unsafe, below 0.15 as a probability; otherwise the helpfulness model's counts:
 #
-# $$R_c(g\mid p)=\begin{cases}R_s(g\mid p)&\text{if IS\_SAFETY}(p)\text{ or }R_s(g\mid p)<0.15\\R_h(g\mid p)&\text{otherwise}\end{cases}$$
+# $$R_c(g\mid p)=\begin{cases}R_s(g\mid p)&\text{if IS\_SAFETY}(p)\text{ or }R_s(g\mid p)<0.15\\
+# R_h(g\mid p)&\text{otherwise}\end{cases}$$
 #
 # $$\tilde R_c(g\mid p)=\text{WHITEN}(\text{LOGIT}(R_c(g\mid p)))$$
 #
@@ -214,6 +226,9 @@ assert untagged("Red. [INST] no") == ("Red.", False) and untagged("Red.") == ("R
 # FSDP gathers every layer's weights for each forward pass. In training a pass has thousands of tokens; while an answer
 # grows it has one, and the gathering is all that takes time. The authors gather the weights once before generation and
 # free them after it, and report that it is about twenty times as fast (section 3.2.3).
+#
+# > Ours: every GPU holds the whole copy while it generates, in bfloat16 13 GB for 7B and 67 GB for 34B. The eight GPUs
+# > of a node would have to share one for 70B, which this chapter does not do.
 
 # %%
 #| export
@@ -241,8 +256,8 @@ def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Lla
 # K answers to each prompt, the best one by the reward, and then fine-tuning as in chapter 03 on the prompts with their
 # best answers. The prompt is read once for all K.
 #
-# > Ours: an answer that the model did not end within `max_new_tokens`, or that is empty, is never the best one. A prompt
-# > with no other answers is left out, and counted.
+# > Ours: an answer that the model did not end within `max_new_tokens`, or that is empty, is never the best one. A
+# > prompt with no other answers is left out.
 
 # %%
 #| default_exp rejection
@@ -359,8 +374,9 @@ def bag(iterations: Sequence[Sequence[Best]], reward: Reward) -> list[Best]:
 # ### The command
 #
 # `python -m llama2lib.rejection` samples with a model's folder and two reward models' folders, and writes the best
-# answers as conversations that `python -m llama2lib.sft` trains on. It works through the prompts in chunks; a killed run
-# goes on behind its last chunk. Under torchrun the ranks share the chunks out, each with the whole models on its device.
+# answers as conversations that `python -m llama2lib.sft` trains on. It works through the prompts in chunks; a killed
+# run goes on behind its last chunk. Under torchrun the ranks share the chunks out, each with whole models on its
+# device.
 
 # %%
 #| export
@@ -487,9 +503,9 @@ def cli(prog: str = "python -m llama2lib.rejection"):
 # | π_0 | the policy at the beginning of the run | section 3.2.3, 'the original policy' |
 # | KL | per token, log π − log π_0 of the sampled token, subtracted from its reward | Stiennon et al. 2020 |
 # | score | on the last token; γ 1, λ 0.95 | Stiennon et al. 2020 |
-# | value model | a network of its own that begins with the helpfulness model's body and a zero head: whitened scores have mean 0 | body: Stiennon et al. 2020 |
+# | value model | a network of its own: the helpfulness model's body, a head of zeros | body: Stiennon et al. 2020 |
 # | advantages | whitened over all tokens of the batch | Stiennon et al. 2020 |
-# | answers without EOS | get −1 in place of the whitened score, and do not take part in the whitening | Huang et al. 2024 |
+# | answers without EOS | −1 for the whitened score; they take no part in the whitening | Huang et al. 2024 |
 # | minibatches | consecutive parts of the batch, whose prompts come in random order | – |
 
 # %%
@@ -607,12 +623,9 @@ class Policy(Llama):
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], temperature: float = 1.0
     ) -> Float[Tensor, "B T"]:
         "Log-probability of each target, after the token in its place, at a temperature; 0 where it is IGNORE. float32"
-        states, chosen = self.hidden(tokens), targets != IGNORE
-        if isinstance(states, DTensor):  # tensor parallelism: the tokens are divided among ranks
-            logits = whole(self.output(states))[chosen]
-        else:
-            logits = self.output(states[chosen])
-        logprobs = -F.cross_entropy(logits.float() / temperature, targets[chosen], reduction="none")
+        chosen = targets != IGNORE
+        logits = self.output(self.hidden(tokens)[chosen]).float() / temperature
+        logprobs = -F.cross_entropy(logits, targets[chosen], reduction="none")
         return torch.zeros(targets.shape, device=targets.device).masked_scatter(chosen, logprobs)
 
 
@@ -621,7 +634,7 @@ class Value(RewardModel):
 
     def forward(self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         "What score is expected after each token. float32; `targets` are not read"
-        return whole(self.score(self.hidden(tokens))).squeeze(-1).float()
+        return self.score(self.hidden(tokens)).float().sum(-1)  # of one number: FSDP wants a tensor that is no view
 
 
 def policy_of(model: Llama) -> Policy:
@@ -653,8 +666,8 @@ class PPOConfig:
     model: str = "runs/rejection-sft/model"  # the policy's folder to begin with, which is π_0 as well
     helpfulness: str = "runs/reward-helpfulness/model"  # reward models' folders, of the policy's tokenizer
     safety: str | None = "runs/reward-safety/model"  # none: the helpfulness model decides alone
-    lr: float = 1e-6  # constant; of policy and value model
-    value_lr: float = 1e-6
+    lr: float = 1e-6  # of the policy, constant
+    value_lr: float = 1e-6  # of the value model, constant
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-5  # of AdamW
     weight_decay: float = 0.1  # of matrices; the norms' weights are exempt
@@ -691,6 +704,8 @@ class PPOConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.batch % self.minibatch:
             raise ValueError(f"batch {self.batch} is not a multiple of minibatch {self.minibatch}")
+        if self.parallel.tp != 1:
+            raise ValueError(f"tp {self.parallel.tp}: PPO divides its models by FSDP alone, expected 1")
         if not 0 < self.gate < 1 or self.temperature <= 0 or self.beta < 0 or self.clip <= 0:
             numbers = f"gate {self.gate}, temperature {self.temperature}, beta {self.beta}, clip {self.clip}"
             raise ValueError(f"{numbers}: expected 0 < gate < 1, above 0, at least 0, above 0")
@@ -698,7 +713,7 @@ class PPOConfig:
 
 PPO = {
     "paper": PPOConfig(parallel=Parallel(ac="selective", reduce="micro_batch")),
-    "paper-70B": PPOConfig(beta=0.005, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
+    "paper-34B": PPOConfig(beta=0.005, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
     "mini": PPOConfig(
         lr=2e-4, value_lr=1e-3, iterations=60, batch=64, minibatch=32, beta=0.05, max_new_tokens=64, recompute=False,
         micro_batch=8,
@@ -708,9 +723,9 @@ PPO = {
 # %% [markdown]
 # ### An iteration
 #
-# The policy answers a batch of prompts; the reward models score the answers, $\pi_0$ and the value model read them. From
-# then on all numbers are in place: row b, column t belongs to the token that follows token t of answer b. The passes
-# take answers of similar length together.
+# The policy answers a batch of prompts; the reward models score the answers, $\pi_0$ and the value model read them.
+# From then on all numbers are in place: row b, column t belongs to the token that follows token t of answer b. The
+# passes take answers of similar length together.
 
 # %%
 #| export rollout
@@ -910,9 +925,9 @@ def ppo(
     """Train `policy`, and `value`, on prompts, yielding a `PPOStep` after each iteration (section 3.2.3).
 
     With the `optimizers` of an earlier part of the run, `start` at a later iteration, after so many `tokens`. The
-    models may be of different sizes, and divided among ranks. ValueError without prompts, for one that leaves no room for an
-    answer, and for a batch that the ranks cannot share; FloatingPointError, naming the iteration, for a score, loss or
-    gradient that is not finite.
+    models may be of different sizes, and divided among ranks. ValueError without prompts, for one that leaves no room
+    for an answer, and for a batch that the ranks cannot share; FloatingPointError, naming the iteration, for a score,
+    loss or gradient that is not finite.
     """
     if not prompts:
         raise ValueError("no prompts to train on")
@@ -963,9 +978,9 @@ def optimizers_of(policy: Policy, value: Value, config: PPOConfig) -> tuple[torc
 # %% [markdown]
 # ### The run
 #
-# `python -m llama2lib.ppo` trains as chapter 03's command does, with checkpoints of both models. On held-out prompts the
-# mean reward is taken every few iterations; the best version is what is saved, and without a better one for some time
-# training stops. The authors train for 200 to 400 iterations, stopped early by held-out prompts.
+# `python -m llama2lib.ppo` trains as chapter 03's command does, with checkpoints of both models. On held-out prompts
+# the mean reward is taken every few iterations; the best version is what is saved, and without a better one for some
+# time training stops. The authors train for 200 to 400 iterations, stopped early by held-out prompts.
 
 # %%
 #| export
@@ -1109,122 +1124,54 @@ def cli(prog: str = "python -m llama2lib.ppo"):
     about = {name: f"{c.batch} prompts an iteration, β {c.beta:g}, lr {c.lr:g}" for name, c in PPO.items()}
     command(run, {name: (about[name], config) for name, config in PPO.items()}, prog)
 
+# %%
+from llama2lib.ppo import PPO
+
+constants, recipe = paper.TEXT["Section 3.2.3"], PPO["paper"]
+names = {"betas": "betas", "eps": "eps", "weight_decay": "weight_decay", "grad_clip": "grad_clip", "lr": "lr",
+         "batch_size": "batch", "minibatch_size": "minibatch", "clip": "clip", "safety_gate": "gate"}  # fmt: skip
+for name, of in names.items():
+    ledger.record("Section 3.2.3", f"PPO: {name}", "preset", constants[name], getattr(recipe, of),
+                  evidence=f"llama2lib/ppo.py::{of}")  # fmt: skip
+for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "paper-34B"}.items():
+    ledger.record("Section 3.2.3", f"{size}: β", "preset", constants["kl_beta"][size], PPO[name].beta,
+                  evidence="llama2lib/ppo.py::PPO")  # fmt: skip
+
 # %% [markdown]
-# ## On the mini world
+# ## The same on many GPUs
 #
-# The policy is the chat model of chapter 03, the reward models are those of chapter 04, and the gold judge, which no
-# training sees, says whether answers become better. A fifth of the prompts are adversarial and tagged. The tests ask in
-# wordings and about people and things that no training prompt has.
+# One process and two: equal rewards and losses. Every rank answers its share of the prompts with weights that are
+# gathered once an iteration; scores and advantages are whitened over all of them.
 
 # %%
-#| default_exp mini_rlhf
+from llama2lib.rollout import Prompt, write_prompts
+
+place = Path(os.path.relpath(cache_folder() / "rlhf" / scale(), ROOT))
+os.chdir(ROOT)  # so that the commands below are those of a shell at the root of the repository
+shutil.rmtree(place, ignore_errors=True)
+words = mini.tokenizer()
+save_checkpoint(mini.chat(0), place / "chat", words)
+for value in ("helpfulness", "safety"):
+    save_checkpoint(mini_rewards.reward_model(0, value), place / value, words)
+random = np.random.default_rng(0)
+asked = [Prompt(messages, False) for messages in prompts(random, 48, "train")]
+asked += [Prompt(messages, True) for messages in prompts(random, 16, "train", "adversarial")]
+write_prompts(place / "prompts.jsonl", asked)
+folders = ["--model", place / "chat", "--helpfulness", place / "helpfulness", "--safety", place / "safety"]
+folders += ["--prompts", place / "prompts.jsonl"]
+for nproc, out in ((1, "one"), (2, "two")):
+    launch("llama2lib.ppo", "mini", *folders, "--out", place / out, "--iterations", 3, nproc=nproc)
+logs = [[json.loads(line) for line in (place / out / "log.jsonl").open()] for out in ("one", "two")]
+for name in ("reward", "loss", "value_loss"):
+    one, two = (np.array([line[name] for line in lines]) for lines in logs)
+    print(f"{name}: largest difference {np.abs(one - two).max():.0e}")
+    assert np.allclose(one, two, rtol=1e-5, atol=1e-5)
 
 # %%
-#| export
-from dataclasses import replace
-
-import numpy as np
-from tqdm import tqdm
-
-from llama2lib import mini, mini_rewards
-from llama2lib.chat import respond
-from llama2lib.dialog import Message, encode_dialog
-from llama2lib.judge import scores
-from llama2lib.model import Llama
-from llama2lib.ppo import PPO, PPOConfig, ppo
-from llama2lib.recipes import by_scale, cached
-from llama2lib.rejection import Best, best, candidates
-from llama2lib.rollout import Prompt, Reward, policy_of, scorer_of, value_of
-from llama2lib.sft import SFT, Batches, SFTConfig, sft
-from llama2lib.synthetic import prompts
-
-TAGGED = 0.2  # share of adversarial prompts
-ROUND = by_scale(smoke=(24, 2), laptop=(1000, 8), a100=(1000, 8))  # prompts and samples of a round
-LOOK = by_scale(smoke=20, laptop=250, a100=250)  # prompts of a look at a policy while PPO goes on
-TEMPERATURE = 1.0
-
-
-def asked(seed: int, number: int, count: int, split: str = "train", tagged: float = TAGGED) -> list[Prompt]:
-    "Prompts of a seed, the `number`-th draw; a share of them adversarial, and tagged."
-    random, harmful = np.random.default_rng([30, seed, number]), round(tagged * count)
-    plain = [Prompt(messages, False) for messages in prompts(random, count - harmful, split)]
-    drawn = plain + [Prompt(messages, True) for messages in prompts(random, harmful, split, "adversarial")]
-    return [drawn[i] for i in random.permutation(count)]
-
-
-def reward(seed: int, safety: bool = True, value: str = "helpfulness") -> Reward:
-    "The reward models of a seed; without `safety`, that of helpfulness alone."
-    scorers = [scorer_of(mini_rewards.reward_model(seed, name), mini.tokenizer(), 64) for name in ("helpfulness", "safety")]
-    return Reward(*scorers[: 1 + safety])
-
-
-def gold(model: Llama, these: list[Prompt], temperature: float = TEMPERATURE, seed: int = 0) -> np.ndarray:
-    "Gold helpfulness and safety (N 2) of a model's answers to prompts."
-    dialogs = [prompt.messages for prompt in these]
-    replies = respond(model, mini.tokenizer(), dialogs, 64, temperature, seed=seed)
-    return scores(dialogs, [tuple(reply) for reply in replies])
-
-
-def sampled(inputs: dict) -> dict:
-    """The best answers of a policy to prompts; `inputs`: seed, policy (weights), number (of the draw of prompts), count,
-    samples, temperature, safety.
-    """
-    seed, policy = inputs["seed"], mini.loaded(mini.SIZE, inputs["policy"])
-    these, rows = asked(seed, inputs["number"], inputs["count"]), []
-    model, judge = policy, reward(seed, inputs["safety"])
-    parts = [these[i : i + 100] for i in range(0, len(these), 100)]
-    for number, part in enumerate(tqdm(parts, desc="rejection sampling", unit="part", leave=False)):
-        found = candidates(
-            model, mini.tokenizer(), part, judge, inputs["samples"], inputs["temperature"], seed=1000 * inputs["number"] + number
-        )
-        rows += best(part, found)
-    return {"rows": [[row.prompt.messages, row.prompt.is_safety, row.answer, row.reward] for row in rows]}
-
-
-def chosen(
-    seed: int, policy: Llama, number: int = 0, samples: int = ROUND[1], temperature: float = TEMPERATURE, safety: bool = True
-) -> list[Best]:
-    "A round of rejection sampling with a policy: its best answers."
-    inputs = {"seed": seed, "policy": policy.state_dict(), "number": number, "count": ROUND[0], "samples": samples}
-    inputs |= {"temperature": temperature, "safety": safety}
-    rows = cached(f"mini-best-seed{seed}", inputs, sampled)["rows"]
-    return [Best(Prompt(messages, tag), answer, reward) for messages, tag, answer, reward in rows]
-
-
-def went_on(inputs: dict) -> dict:
-    "Weights after fine-tuning on dialogs; `inputs`: policy (weights to begin with), recipe, dialogs."
-    model, recipe = mini.loaded(mini.SIZE, inputs["policy"]), inputs["recipe"]
-    examples = [encode_dialog(mini.tokenizer(), messages) for messages in inputs["dialogs"]]
-    mini.watched(sft(model, examples, recipe), len(Batches(examples, recipe)), "fine-tuning")
-    return {"weights": model.state_dict()}
-
-
-def tuned_on(seed: int, start: Llama, dialogs: list[list[Message]], recipe: SFTConfig = SFT["mini"]) -> Llama:
-    "A model after fine-tuning on dialogs, beginning with `start`."
-    inputs = {"policy": start.state_dict(), "recipe": replace(recipe, seed=seed), "dialogs": dialogs}
-    return mini.loaded(mini.SIZE, cached(f"mini-rs-seed{seed}", inputs, went_on)["weights"])
-
-
-def pushed(inputs: dict) -> dict:
-    """Weights and log of PPO, with looks at gold scores of test prompts; `inputs`: seed, policy (weights), recipe,
-    safety, count (of prompts).
-    """
-    seed, recipe, policy = inputs["seed"], inputs["recipe"], policy_of(mini.loaded(mini.SIZE, inputs["policy"]))
-    reference, value = policy_of(policy), value_of(mini_rewards.reward_model(seed))
-    judge, these = reward(seed, inputs["safety"]), asked(seed, 100, inputs["count"])
-    test = asked(seed, 101, LOOK, "test", 0.0), asked(seed, 102, LOOK // 2, "test", 1.0)
-    loop = ppo(policy, reference, value, mini.tokenizer(), these, judge, recipe)
-    log, looks = [], []
-    for step in tqdm(loop, total=recipe.iterations, desc="PPO", unit="iteration", leave=False):
-        log.append({name: float(x) for name, x in step._asdict().items()})
-        if (step.step + 1) % recipe.every == 0:
-            helpful, safe = (gold(policy, part) for part in test)
-            looks.append([step.step + 1, helpful[:, 0].mean(), safe[:, 1].mean()])
-    return {"weights": policy.state_dict(), "log": log, "looks": looks}
-
-
-def ppo_tuned(seed: int, start: Llama, recipe: PPOConfig = PPO["mini"], safety: bool = True, count: int = 4 * ROUND[0]):
-    "A model after PPO that begins with `start`, the log, and looks: iteration, gold helpfulness, gold safety."
-    inputs = {"seed": seed, "policy": start.state_dict(), "recipe": replace(recipe, seed=seed), "safety": safety}
-    found = cached(f"mini-ppo-seed{seed}", inputs | {"count": count}, pushed)
-    return mini.loaded(mini.SIZE, found["weights"]), found["log"], found["looks"]
+options = ["--model", "runs/7B-sft/model", "--prompts", "prompts.jsonl", "--helpfulness", "runs/7B-helpfulness/model"]
+options += ["--safety", "runs/7B-safety/model"]
+launch("llama2lib.rejection", "paper", *options, "--out", "runs/7B-rejection", nproc=8, gpus=True)
+launch("llama2lib.ppo", "paper", *options, "--out", "runs/7B-ppo", nproc=8, gpus=True)
+options = ["--model", "/shared/34B-sft", "--helpfulness", "/shared/34B-helpfulness", "--safety", "/shared/34B-safety"]
+options += ["--prompts", "/shared/prompts.jsonl", "--out", "/shared/runs/34B-ppo"]
+_ = launch("llama2lib.ppo", "paper-34B", *options, nproc=8, nnodes=32, gpus=True)

@@ -118,8 +118,8 @@ class PPOConfig:
     model: str = "runs/rejection-sft/model"  # the policy's folder to begin with, which is π_0 as well
     helpfulness: str = "runs/reward-helpfulness/model"  # reward models' folders, of the policy's tokenizer
     safety: str | None = "runs/reward-safety/model"  # none: the helpfulness model decides alone
-    lr: float = 1e-6  # constant; of policy and value model
-    value_lr: float = 1e-6
+    lr: float = 1e-6  # of the policy, constant
+    value_lr: float = 1e-6  # of the value model, constant
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-5  # of AdamW
     weight_decay: float = 0.1  # of matrices; the norms' weights are exempt
@@ -156,6 +156,8 @@ class PPOConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.batch % self.minibatch:
             raise ValueError(f"batch {self.batch} is not a multiple of minibatch {self.minibatch}")
+        if self.parallel.tp != 1:
+            raise ValueError(f"tp {self.parallel.tp}: PPO divides its models by FSDP alone, expected 1")
         if not 0 < self.gate < 1 or self.temperature <= 0 or self.beta < 0 or self.clip <= 0:
             numbers = f"gate {self.gate}, temperature {self.temperature}, beta {self.beta}, clip {self.clip}"
             raise ValueError(f"{numbers}: expected 0 < gate < 1, above 0, at least 0, above 0")
@@ -163,7 +165,7 @@ class PPOConfig:
 
 PPO = {
     "paper": PPOConfig(parallel=Parallel(ac="selective", reduce="micro_batch")),
-    "paper-70B": PPOConfig(beta=0.005, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
+    "paper-34B": PPOConfig(beta=0.005, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
     "mini": PPOConfig(
         lr=2e-4, value_lr=1e-3, iterations=60, batch=64, minibatch=32, beta=0.05, max_new_tokens=64, recompute=False,
         micro_batch=8,
@@ -309,9 +311,9 @@ def ppo(
     """Train `policy`, and `value`, on prompts, yielding a `PPOStep` after each iteration (section 3.2.3).
 
     With the `optimizers` of an earlier part of the run, `start` at a later iteration, after so many `tokens`. The
-    models may be of different sizes, and divided among ranks. ValueError without prompts, for one that leaves no room for an
-    answer, and for a batch that the ranks cannot share; FloatingPointError, naming the iteration, for a score, loss or
-    gradient that is not finite.
+    models may be of different sizes, and divided among ranks. ValueError without prompts, for one that leaves no room
+    for an answer, and for a batch that the ranks cannot share; FloatingPointError, naming the iteration, for a score,
+    loss or gradient that is not finite.
     """
     if not prompts:
         raise ValueError("no prompts to train on")

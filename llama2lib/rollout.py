@@ -196,12 +196,9 @@ class Policy(Llama):
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], temperature: float = 1.0
     ) -> Float[Tensor, "B T"]:
         "Log-probability of each target, after the token in its place, at a temperature; 0 where it is IGNORE. float32"
-        states, chosen = self.hidden(tokens), targets != IGNORE
-        if isinstance(states, DTensor):  # tensor parallelism: the tokens are divided among ranks
-            logits = whole(self.output(states))[chosen]
-        else:
-            logits = self.output(states[chosen])
-        logprobs = -F.cross_entropy(logits.float() / temperature, targets[chosen], reduction="none")
+        chosen = targets != IGNORE
+        logits = self.output(self.hidden(tokens)[chosen]).float() / temperature
+        logprobs = -F.cross_entropy(logits, targets[chosen], reduction="none")
         return torch.zeros(targets.shape, device=targets.device).masked_scatter(chosen, logprobs)
 
 
@@ -210,7 +207,7 @@ class Value(RewardModel):
 
     def forward(self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         "What score is expected after each token. float32; `targets` are not read"
-        return whole(self.score(self.hidden(tokens))).squeeze(-1).float()
+        return self.score(self.hidden(tokens)).float().sum(-1)  # of one number: FSDP wants a tensor that is no view
 
 
 def policy_of(model: Llama) -> Policy:

@@ -13,7 +13,7 @@ from conftest import dies_after, random_model
 from llama2lib import ppo as module
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.dialog import encode_dialog
-from llama2lib.distributed import StateFolder
+from llama2lib.distributed import Parallel, StateFolder
 from llama2lib.launch import torchrun_arguments
 from llama2lib.ppo import PPO, PPOConfig, gae, ppo, ppo_loss, ppo_losses, rollout, run, value_losses
 from llama2lib.pretrain import IGNORE
@@ -195,14 +195,14 @@ def test_passes_change_nothing(models, tokenizer, micro_batch):
 
 def part_of(models):
     "Fresh copies of policy, reference and value model."
-    policy, reference, value, scoring = models
+    policy, reference, _, scoring = models
     return policy_of(policy), reference, value_of(scoring)
 
 
 def test_ppo_finds_what_is_rewarded(models, tokenizer):
     "Answers gain the word that the reward counts, though they may move only so far from the reference."
     reward = Reward(lambda dialogs: np.array([m[-1]["content"].split().count("seven") for m in dialogs], np.float32))
-    config = replace(CONFIG, lr=3e-3, iterations=20, batch=32, minibatch=16, micro_batch=16, beta=0.02, max_new_tokens=12)
+    config = replace(CONFIG, lr=3e-3, iterations=20, batch=32, minibatch=16, micro_batch=16, max_new_tokens=12)
     steps = list(ppo(*models[:3], tokenizer, PROMPTS, reward, config))
     early, late = (np.mean([step.reward for step in part]) for part in (steps[:5], steps[-5:]))
     assert late > early + 0.3, (early, late)
@@ -216,6 +216,7 @@ def test_ppo_finds_what_is_rewarded(models, tokenizer):
         ({"minibatch": 0}, "minibatch 0: expected at least 1"),
         ({"gate": 0.0}, "gate 0.0"),
         ({"temperature": 0.0}, "temperature 0.0"),
+        ({"parallel": Parallel(tp=2)}, "tp 2: PPO divides its models by FSDP alone"),
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(change, told):
@@ -321,4 +322,4 @@ def test_the_papers_constants():
     assert (paper.lr, paper.betas, paper.eps) == (1e-6, (0.9, 0.95), 1e-5)
     assert (paper.weight_decay, paper.grad_clip) == (0.1, 1.0)
     assert (paper.batch, paper.minibatch, paper.clip, paper.gate) == (512, 64, 0.2, 0.15)
-    assert (paper.beta, PPO["paper-70B"].beta) == (0.01, 0.005)
+    assert (paper.beta, PPO["paper-34B"].beta) == (0.01, 0.005)
