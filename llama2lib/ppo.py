@@ -419,7 +419,8 @@ def run(config: PPOConfig) -> Path:
             for path in (config.helpfulness, config.safety)
             if path is not None
         ]
-        return train(config, policy, reference, value, tokenizer, prompts, held_out, Reward(*scorers), digest)
+        reward = Reward(*scorers, gate=config.gate)
+        return train(config, policy, reference, value, tokenizer, prompts, held_out, reward, digest)
 
 
 def train(

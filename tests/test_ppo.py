@@ -280,6 +280,14 @@ def test_a_killed_run_ends_as_one_that_was_not(recipe, tmp_path, monkeypatch):
         run(replace(recipe, out=tmp_path / "cut", beta=0.2))
 
 
+def test_the_gate_of_the_recipe_decides_whose_score_counts(recipe, tmp_path):
+    "With a gate near 1 every answer is below it, and R_c is R_s; near 0 only tagged prompts have R_s."
+    for gate in (1 - 1e-9, 1e-9):
+        run(replace(recipe, gate=gate, iterations=1, out=tmp_path / str(gate)))
+        reward, safety = (log(tmp_path / str(gate), name) for name in ("reward", "safety"))
+        assert (reward == safety) == (gate > 0.5)
+
+
 def test_two_processes_learn_what_one_learns(recipe, tmp_path):
     run(replace(recipe, out=tmp_path / "one"))
     names = "model helpfulness safety prompts lr value_lr iterations batch minibatch max_new_tokens temperature beta"
