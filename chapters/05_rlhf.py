@@ -45,12 +45,14 @@ plt.rcParams.update(plots.STYLE)
 
 # %%
 #| export
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,13 +63,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from llama2lib.checkpoint import whole
 from llama2lib.dialog import TAGS, Message, check_dialog, encode_dialog
 from llama2lib.formats import without_memory
 from llama2lib.model import Llama
 from llama2lib.preferences import records
-from llama2lib.pretrain import IGNORE
+from llama2lib.pretrain import IGNORE, check_same
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import RewardModel, Scorer, padded
 from llama2lib.shards import shuffled
@@ -251,6 +254,140 @@ def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Lla
             parameter.data = parameter.data.new_empty(0)
 
 # %% [markdown]
+# ## Work in chunks
+#
+# Answers to many prompts take long. The commands below work through them in chunks: the ranks share the chunks out,
+# each with whole models on its device, and a killed run goes on behind the last chunk of each.
+
+# %%
+#| export
+def record_settings(folder: Path, config, prompts: Path):
+    "Write settings.json, or ValueError when the folder holds chunks of another configuration; all ranks call it."
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path, digest = folder / "settings.json", hashlib.sha256(prompts.read_bytes()).hexdigest()
+        ours = json.loads(json.dumps(asdict(config) | {"out": None, "prompts": digest}, default=str))
+        if path.exists():
+            check_same(json.loads(path.read_text("utf-8")), ours, folder)
+        write_atomic(path, json.dumps(ours, indent=1) + "\n")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def in_chunks(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    size: int,
+    seed: int,
+    work: Callable[[Sequence[Prompt], list[int], Path], None],
+) -> list[Path]:
+    """Work through prompts, `size` at a time; the files of all chunks, when all ranks are through.
+
+    `work(prompts, seeds, path)` writes the file of a chunk, all or nothing; a chunk whose file exists is done.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = [folder / f"{number:06d}.jsonl" for number in range(math.ceil(len(prompts) / size))]
+    mine = [number for number in range(rank, len(parts), ranks) if not parts[number].exists()]
+    for number in tqdm(mine, desc="sampling", unit="chunk", disable=rank > 0):
+        these = prompts[number * size : (number + 1) * size]
+        seeds = np.random.SeedSequence([seed, number]).generate_state(len(these)).tolist()
+        work(these, seeds, parts[number])
+    if dist.is_initialized():
+        dist.barrier()
+    return parts
+
+# %% [markdown]
+# ## Pairs
+#
+# What annotators compare: two answers to a prompt, of two variants of the model, or of one, at temperatures that are
+# drawn (section 3.2.1; chapter 04 collects in the same way). `python -m llama2lib.pairs` writes them as the items that
+# chapter 13 shows to people.
+
+# %%
+#| default_exp pairs
+
+# %%
+#| export
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from llama2lib.checkpoint import load_checkpoint
+from llama2lib.distributed import processes
+from llama2lib.preferences import records, sampler, two_answers
+from llama2lib.pretrain import command
+from llama2lib.recipes import write_atomic
+from llama2lib.rollout import in_chunks, read_prompts, record_settings, untagged
+from llama2lib.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    "Two answers to every prompt, to be compared (section 3.2.1). ValueError for numbers out of range."
+
+    models: tuple[str, ...] = ("runs/sft/model",)  # folders of the policy's variants, of which two answer; or of one
+    temperatures: tuple[float, ...] = (0.7, 1.0, 1.2)  # of which one is drawn for each answer
+    max_new_tokens: int = 1024  # an answer that does not end within them is not shown
+    seed: int = 0  # of the answers
+
+    prompts: Path = Path("prompts.jsonl")  # conversations that end with the user, and is_safety
+    out: Path = Path("runs/pairs")  # items.jsonl, and chunks of the work
+    chunk: int = 256  # prompts between saves
+
+    def __post_init__(self):
+        if not self.models or not self.temperatures or min(self.temperatures) < 0:
+            found = f"models {self.models}, temperatures {self.temperatures}"
+            raise ValueError(f"{found}: expected one or more, and no temperature below 0")
+        if self.max_new_tokens < 1 or self.chunk < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens}, chunk {self.chunk}: expected at least 1")
+
+
+PAIRS = {"paper": PairsConfig(), "mini": PairsConfig(max_new_tokens=64)}
+
+
+def run(config: PairsConfig) -> Path:
+    """Answer every prompt twice, as `config` says; returns the path of items.jsonl.
+
+    Pairs of which an answer did not end, or is empty, or is like the other, are left out, and a line says how many.
+    ValueError with file and line for prompts that are none, and for a folder with chunks of another configuration.
+    """
+    with processes() as device:
+        prompts = read_prompts(config.prompts, tagged=False)
+        record_settings(config.out, config, config.prompts)
+        variants = []
+        for folder in config.models:
+            model, tokenizer = load_checkpoint(folder, device), Tokenizer(folder)
+            variants.append([sampler(model, tokenizer, at, config.max_new_tokens) for at in config.temperatures])
+
+        def work(these, seeds, path):
+            lines = []
+            pairs = two_answers(variants, [prompt.messages for prompt in these], seeds[0])
+            for prompt, replies in zip(these, pairs, strict=True):
+                texts, whole = zip(*(untagged(reply.text.strip()) for reply in replies), strict=True)
+                if all(reply.finished for reply in replies) and all(whole) and all(texts) and texts[0] != texts[1]:
+                    lines.append(prompt._asdict() | {"answers": texts})
+            write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+        parts = in_chunks(config.out / "chunks", prompts, config.chunk, config.seed, work)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write_atomic(config.out / "items.jsonl", "".join(part.read_text("utf-8") for part in parts))
+            count = sum(1 for _ in records(config.out / "items.jsonl"))
+            print(f"{count:,} pairs of answers to {len(prompts):,} prompts; the others did not end, or were alike")
+        if dist.is_initialized():
+            dist.barrier()
+    return config.out / "items.jsonl"
+
+
+@record
+def cli(prog: str = "python -m llama2lib.pairs"):
+    "python -m llama2lib.pairs RECIPE [options]: two answers to every prompt; under torchrun, on all its ranks."
+    about = {name: f"up to {config.max_new_tokens} tokens an answer" for name, config in PAIRS.items()}
+    command(run, {name: (about[name], config) for name, config in PAIRS.items()}, prog)
+
+# %% [markdown]
 # ## Rejection sampling
 #
 # K answers to each prompt, the best one by the reward, and then fine-tuning as in chapter 03 on the prompts with their
@@ -264,12 +401,10 @@ def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Lla
 
 # %%
 #| export
-import hashlib
 import json
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -285,10 +420,10 @@ from llama2lib.dialog import Message
 from llama2lib.distributed import processes
 from llama2lib.model import Llama
 from llama2lib.preferences import records
-from llama2lib.pretrain import check_same, command
+from llama2lib.pretrain import command
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import load_scorer
-from llama2lib.rollout import Prompt, Reward, read_prompts, untagged
+from llama2lib.rollout import Prompt, Reward, in_chunks, read_prompts, record_settings, untagged
 from llama2lib.tokenizer import Tokenizer
 
 
@@ -374,9 +509,9 @@ def bag(iterations: Sequence[Sequence[Best]], reward: Reward) -> list[Best]:
 # ### The command
 #
 # `python -m llama2lib.rejection` samples with a model's folder and two reward models' folders, and writes the best
-# answers as conversations that `python -m llama2lib.sft` trains on. It works through the prompts in chunks; a killed
-# run goes on behind its last chunk. Under torchrun the ranks share the chunks out, each with whole models on its
-# device.
+# answers as conversations that `python -m llama2lib.sft` trains on. The best temperature is another one for each
+# version of the model (section 3.2.3, Figure 8); with `--temperatures` the command looks for it first, on a few
+# prompts.
 
 # %%
 #| export
@@ -389,7 +524,9 @@ class RejectionConfig:
     safety: str | None = "runs/reward-safety/model"  # none: the helpfulness model decides alone
     gate: float = 0.15  # probability of safe below which the safety model's score counts
     samples: int = 10  # K; the paper does not say
-    temperature: float = 1.0  # Figure 8: to be tuned again for each version
+    temperature: float = 1.0  # of the samples
+    temperatures: tuple[float, ...] = ()  # to choose from in the place of `temperature`, anew for each version
+    tune: int = 64  # prompts to choose a temperature on
     top_p: float = 1.0  # sample among the likeliest tokens that have this probability together
     max_new_tokens: int = 1024  # an answer that does not end within them is not used
     seed: int = 0  # of the samples
@@ -400,11 +537,12 @@ class RejectionConfig:
     chunk: int = 64  # prompts between saves
 
     def __post_init__(self):
-        for name in ("samples", "max_new_tokens", "chunk"):
+        for name in ("samples", "max_new_tokens", "chunk", "tune"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if not 0 < self.gate < 1 or self.temperature <= 0:
-            raise ValueError(f"gate {self.gate}, temperature {self.temperature}: expected 0 < gate < 1, and above 0")
+        if not 0 < self.gate < 1 or min((self.temperature, *self.temperatures)) <= 0:
+            found = f"gate {self.gate}, temperature {self.temperature}, temperatures {self.temperatures}"
+            raise ValueError(f"{found}: expected 0 < gate < 1, and above 0")
 
 
 REJECTION = {"paper": RejectionConfig(), "mini": RejectionConfig(samples=8, max_new_tokens=64, chunk=256)}
@@ -428,55 +566,62 @@ def write_best(path: str | os.PathLike, rows: Sequence[Best]):
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+def chosen_temperature(config: RejectionConfig, prompts: Sequence[Prompt], sample: Callable) -> float:
+    """The one of `temperatures` at which the best answers to the first `tune` prompts have the highest mean reward.
+
+    The ranks share them out; what each one gave is kept in out/temperatures. ValueError when none gives an answer.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = [config.out / "temperatures" / f"{temperature:g}.jsonl" for temperature in config.temperatures]
+    mine = list(zip(config.temperatures, parts, strict=True))[rank::ranks]
+    for temperature, part in tqdm(mine, desc="temperatures", unit="temperature", disable=rank > 0):
+        if not part.exists():
+            these = prompts[: config.tune]
+            seeds = np.random.SeedSequence([config.seed]).generate_state(len(these)).tolist()
+            write_best(part, best(these, sample(these, seeds, temperature)))
+    if ranks > 1:
+        dist.barrier()
+    means = [np.mean([row.reward for row in rows] or [-np.inf]) for rows in map(read_best, parts)]
+    if max(means) == -np.inf:
+        raise ValueError(f"{config.model}: no answer ended within {config.max_new_tokens} tokens")
+    return config.temperatures[int(np.argmax(means))]
+
+
 def run(config: RejectionConfig) -> Path:
     """Sample, score and choose as `config` says; returns the path of best.jsonl.
 
-    ValueError with file and line for prompts that are none, and for a folder with chunks of another configuration.
+    ValueError with file and line for prompts that are none, for a folder with chunks of another configuration, and
+    when no prompt got an answer that ended.
     """
     with processes() as device:
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         prompts = read_prompts(config.prompts, tagged=config.safety is not None)
-        if rank == 0:
-            record_settings(config)
-        if ranks > 1:
-            dist.barrier()
+        record_settings(config.out, config, config.prompts)
         model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
         reward = Reward(
             load_scorer(config.helpfulness, device), config.safety and load_scorer(config.safety, device), config.gate
         )
-        count = math.ceil(len(prompts) / config.chunk)
-        parts = [config.out / "chunks" / f"{number:06d}.jsonl" for number in range(count)]
-        mine = [number for number in range(rank, count, ranks) if not parts[number].exists()]
-        for number in tqdm(mine, desc="sampling", unit="chunk", disable=rank > 0):
-            begin = number * config.chunk
-            these = prompts[begin : begin + config.chunk]
-            seeds = np.random.SeedSequence([config.seed, number]).generate_state(len(these)).tolist()
-            found = candidates(
-                model, tokenizer, these, reward, config.samples, config.temperature, config.top_p,
-                config.max_new_tokens, seeds,
-            )  # fmt: skip
-            write_best(parts[number], best(these, found))
-        if ranks > 1:
-            dist.barrier()
-        if rank == 0:
+
+        def sample(these, seeds, temperature):
+            settings = config.samples, temperature, config.top_p, config.max_new_tokens, seeds
+            return candidates(model, tokenizer, these, reward, *settings)
+
+        at = chosen_temperature(config, prompts, sample) if config.temperatures else config.temperature
+        parts = in_chunks(
+            config.out / "chunks", prompts, config.chunk, config.seed,
+            lambda these, seeds, path: write_best(path, best(these, sample(these, seeds, at))),
+        )  # fmt: skip
+        if not dist.is_initialized() or dist.get_rank() == 0:
             rows = [row for part in parts for row in read_best(part)]
+            if not rows:
+                raise ValueError(f"{config.model}: no answer ended within {config.max_new_tokens} tokens")
             if config.earlier:
                 rows = bag([*(read_best(path) for path in config.earlier), rows], reward)
             write_best(config.out / "best.jsonl", rows)
-            print(f"{len(rows):,} best answers, mean reward {np.mean([row.reward for row in rows]):.3f}")
-        if ranks > 1:
+            mean = np.mean([row.reward for row in rows])
+            print(f"{len(rows):,} best answers at temperature {at:g}, mean reward {mean:.3f}")
+        if dist.is_initialized():
             dist.barrier()
     return config.out / "best.jsonl"
-
-
-def record_settings(config: RejectionConfig):
-    "Write out/settings.json; ValueError when the folder holds chunks of another configuration."
-    path = config.out / "settings.json"
-    digest = hashlib.sha256(config.prompts.read_bytes()).hexdigest()
-    ours = json.loads(json.dumps(asdict(config) | {"out": None, "prompts": digest}, default=str))
-    if path.exists():
-        check_same(json.loads(path.read_text("utf-8")), ours, config.out)
-    write_atomic(path, json.dumps(ours, indent=1) + "\n")
 
 
 @record
@@ -1137,6 +1282,442 @@ for name, of in names.items():
 for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "paper-34B"}.items():
     ledger.record("Section 3.2.3", f"{size}: β", "preset", constants["kl_beta"][size], PPO[name].beta,
                   evidence="llama2lib/ppo.py::PPO")  # fmt: skip
+
+# %% [markdown]
+# ## The program
+#
+# The authors made five versions of the chat model, RLHF-V1 to V5. Every week new comparisons of answers came in, of the
+# newest version; the reward models learned from all of them; and a new version was tuned with the new reward models.
+# Without new comparisons the reward models would soon judge answers unlike any that they had learned from (section
+# 3.2.1).
+#
+# `python -m llama2lib.rlhf` is that loop. A version is a list of stages, a line of words:
+#
+# | stage | does |
+# |---|---|
+# | `collect` | a batch of comparisons: two answers to each prompt, of the newest two versions; annotators choose |
+# | `reward` | both reward models, from the first chat model, on all comparisons so far |
+# | `reject` | the best of K answers of the newest version, at the best of some temperatures |
+# | `bag` | the same, together with the best answers of all versions before |
+# | `tune` | fine-tuning on them |
+# | `ppo` | PPO on top |
+#
+# > Ours: the tag of a prompt decides what annotators compare, safety if it is set, else helpfulness. The reward models
+# > begin anew with the first chat model each time. Fine-tuning goes on from the version before, or with `--base` starts
+# > at the base model again: the paper names both, and below we compare them.
+
+# %%
+#| default_exp rlhf
+
+# %%
+#| export
+import difflib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from llama2lib import pairs, ppo, rejection, reward, sft
+from llama2lib.annotate import export
+from llama2lib.chat import Reply, respond
+from llama2lib.checkpoint import load_checkpoint
+from llama2lib.desk import Desk, Study, read_items
+from llama2lib.dialog import read_dialogs
+from llama2lib.judge import scores
+from llama2lib.pairs import PAIRS, PairsConfig
+from llama2lib.ppo import PPO, PPOConfig
+from llama2lib.preferences import Preference, collect, helpfulness_mix, read_preferences, safety_mix, write_preferences
+from llama2lib.pretrain import check_same
+from llama2lib.recipes import write_atomic
+from llama2lib.rejection import REJECTION, RejectionConfig
+from llama2lib.reward import REWARD, RewardConfig, load_scorer
+from llama2lib.rollout import Prompt, drawn, read_prompts, untagged, write_prompts
+from llama2lib.sft import SFT, SFTConfig
+from llama2lib.tokenizer import Tokenizer
+
+VALUES = ("helpfulness", "safety")
+
+
+@dataclass(frozen=True)
+class RLHFConfig:
+    """The iterated program: versions of a chat model, each tuned with renewed reward models (section 3.2).
+
+    The parts named pairs, reward, rejection, sft and ppo are the recipes of these stages; folders, files and seeds in
+    them are the program's. ValueError for numbers out of range and for unknown stages.
+    """
+
+    model: str = "runs/sft/model"  # the chat model's folder to begin with, V0
+    base: str | None = None  # the folder that every fine-tuning begins with; none: the version before
+    demonstrations: Path | None = None  # conversations to fine-tune on beside the best answers; none: these alone
+    prompts: Path = Path("prompts.jsonl")  # conversations that end with the user, and is_safety
+    held_out: Path = Path("held-out.jsonl")  # prompts on which every version is measured, and PPO stopped
+    out: Path = Path("runs/rlhf")  # V1, V2 …, each with a folder for every stage, and what was measured
+    versions: tuple[str, ...] = (  # the stages of each version
+        "collect collect collect collect reward reject tune",
+        "collect reward reject tune",
+        "collect reward reject tune",
+        "collect reward bag tune",
+        "collect reward bag tune ppo",
+    )
+    batch: int = 2000  # prompts of a batch of comparisons
+    best: int = 2000  # prompts of a round of rejection sampling
+    annotator: Literal["people", "judge"] = "people"  # the judge of chapter 12 knows the mini world alone
+    mixed: bool = True  # the helpfulness model learns from safety pairs too (section 3.2.2)
+    auxiliary: float = 1.0  # weight of the safety loss in the safety model
+    temperature: float = 1.0  # of the answers that are measured
+    seed: int = 0  # of everything that is drawn
+    launcher: str = ""  # in front of "-m llama2lib.sft …", as "torchrun --nproc-per-node 8"; none: in this process
+
+    pairs: PairsConfig = field(default_factory=lambda: PAIRS["paper"])
+    reward: RewardConfig = field(default_factory=lambda: REWARD["paper"])
+    rejection: RejectionConfig = field(
+        default_factory=lambda: replace(REJECTION["paper"], temperatures=(0.7, 0.9, 1.1, 1.3))
+    )
+    sft: SFTConfig = field(default_factory=lambda: SFT["paper"])
+    ppo: PPOConfig = field(default_factory=lambda: PPO["paper"])
+
+    def __post_init__(self):
+        if min(self.batch, self.best) < 1 or self.temperature < 0:
+            found = f"batch {self.batch}, best {self.best}, temperature {self.temperature}"
+            raise ValueError(f"{found}: expected at least 1, 1, 0")
+        for number, names in enumerate(self.versions, 1):
+            for name in names.split():
+                if name not in STAGES:
+                    close = difflib.get_close_matches(name, STAGES, n=1)
+                    hint = f"; did you mean {close[0]!r}?" if close else ""
+                    raise ValueError(f"V{number}: {name!r} is no stage of {', '.join(STAGES)}{hint}")
+
+# %% [markdown]
+# ### Stages
+#
+# A stage is a function: it gets the configuration, a folder of its own, and the state of the program, and it gives the
+# state behind it. The state names the newest version and the one before it, the reward models, and the files with
+# comparisons and best answers so far. Most stages call the command of an earlier chapter, in this process or with
+# torchrun.
+
+# %%
+#| export
+def flags(config) -> list[str]:
+    "The options of a command line that give a recipe the values of this one."
+    words = []
+    for part in fields(config):
+        name, value = part.name.replace("_", "-"), getattr(config, part.name)
+        if is_dataclass(value):
+            words += flags(value)
+        elif isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def call(config: RLHFConfig, module: ModuleType, recipe) -> Path:
+    "Run a stage's recipe, in this process or by the launcher, and give what it made. RuntimeError if the latter fails."
+    if not config.launcher:
+        return module.run(recipe)
+    command = [*shlex.split(config.launcher), "-m", module.__name__, "paper", *flags(recipe)]
+    print("$", shlex.join(command), flush=True)
+    if code := subprocess.run(command).returncode:
+        raise RuntimeError(f"{module.__name__} failed, with code {code}")
+    return Path(recipe.out) / {pairs: "items.jsonl", rejection: "best.jsonl"}.get(module, "model")
+
+
+def draw(config: RLHFConfig, count: int, step: int, folder: Path, kind: int) -> Path:
+    "Write prompts of a step, other ones than of the steps before as long as there are any; `kind` of the draw."
+    prompts = read_prompts(config.prompts)
+    numbers = drawn(len(prompts), count, step, 10 * config.seed + kind)
+    write_prompts(folder / "prompts.jsonl", [prompts[i] for i in numbers])
+    return folder / "prompts.jsonl"
+
+
+def judged(items: Sequence[dict], value: str, seed: int, source: str) -> list[Preference]:
+    "Comparisons of items by simulated annotators. ValueError for items that are not of the mini world."
+    places = {id(item["messages"]): number for number, item in enumerate(items)}
+
+    def side(which):
+        return lambda dialogs, _: [Reply(items[places[id(m)]]["answers"][which], True) for m in dialogs]
+
+    return collect([[side(0)], [side(1)]], [item["messages"] for item in items], value, seed, source)[0]
+
+
+def annotated(items: dict[str, Sequence[dict]], folder: Path, source: str) -> dict[str, list[Preference]]:
+    "Comparisons of items by people, for each value. SystemExit, naming the files, while there are items to annotate."
+    rows, waiting = {}, []
+    for value, these in items.items():
+        desk = Desk(folder / f"{value}.sqlite", Study(source, safety=value == "safety"))
+        desk.add(these)
+        rows[value], left_out = export(desk, unreviewed=True)
+        if count := left_out["too few annotations"]:
+            waiting.append(f"{count} pairs in {folder / value}.sqlite")
+    if waiting:
+        how = "see annotate.widget of chapter 13"
+        raise SystemExit(f"To be annotated ({how}): {', '.join(waiting)}. Then start the same command again.")
+    return rows
+
+
+def collect_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
+    "A batch of comparisons of the newest two versions' answers (section 3.2.1)."
+    number = len(state["batches"])
+    prompts = draw(config, config.batch, number, folder, 0)
+    variants = tuple(dict.fromkeys([state["model"], state["previous"]]))
+    recipe = replace(config.pairs, models=variants, prompts=prompts, out=folder / "answers", seed=config.seed + number)
+    items = read_items(call(config, pairs, recipe))
+    by_value = {value: [item for item in items if item["is_safety"] == (value == "safety")] for value in VALUES}
+    for value, these in by_value.items():
+        if not these:
+            raise ValueError(f"{prompts}: no two answers to compare for {value}")
+    source = f"batch {number + 1}"
+    if config.annotator == "judge":
+        seed = 1000 * config.seed + number
+        rows = {value: judged(these, value, seed, source) for value, these in by_value.items()}
+    else:
+        rows = annotated(by_value, folder, source)
+    for value, comparisons in rows.items():
+        write_preferences(folder / f"{value}.jsonl", comparisons)
+    return state | {"batches": [*state["batches"], str(folder)]}
+
+
+def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
+    "Both reward models, on all comparisons so far (section 3.2.2). ValueError without any."
+    if not state["batches"]:
+        raise ValueError("a stage 'reward' needs comparisons: put 'collect' in front of it")
+    rows = {
+        value: [row for batch in state["batches"] for row in read_preferences(Path(batch) / f"{value}.jsonl")]
+        for value in VALUES
+    }
+    mixtures = {
+        "helpfulness": helpfulness_mix(rows["helpfulness"], rows["safety"] if config.mixed else [], config.seed),
+        "safety": safety_mix(rows["safety"], rows["helpfulness"], config.seed),
+    }
+    models = {}
+    for value, mixture in mixtures.items():
+        write_preferences(folder / f"{value}.jsonl", mixture)
+        recipe = replace(config.reward, model=config.model, data=folder / f"{value}.jsonl", out=folder / value)
+        recipe = replace(recipe, seed=config.seed, auxiliary=config.auxiliary if value == "safety" else 0.0)
+        models[value] = str(call(config, reward, recipe))
+    return state | models
+
+
+def judges(state: dict) -> dict:
+    "The newest reward models' folders, as stages take them. ValueError without any."
+    if "helpfulness" not in state:
+        raise ValueError("this stage needs reward models: put 'reward' in front of it")
+    return {value: state[value] for value in VALUES}
+
+
+def reject_stage(config: RLHFConfig, folder: Path, state: dict, earlier: Sequence[str] = ()) -> dict:
+    "The newest version's best answers by the newest reward models (section 3.2.3)."
+    prompts = draw(config, config.best, len(state["best"]), folder, 1)
+    recipe = replace(
+        config.rejection, model=state["model"], **judges(state), prompts=prompts, earlier=tuple(map(Path, earlier)),
+        out=folder, seed=config.seed,
+    )  # fmt: skip
+    return state | {"best": [*state["best"], str(call(config, rejection, recipe))]}
+
+
+def bag_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
+    "The best answers of the newest version and of all before it."
+    return reject_stage(config, folder, state, state["best"])
+
+
+def tune_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
+    "Fine-tuning on the newest best answers. ValueError without any."
+    if not state["best"]:
+        raise ValueError("a stage 'tune' needs best answers: put 'reject' in front of it")
+    dialogs = read_dialogs(Path(state["best"][-1]))
+    dialogs += read_dialogs(config.demonstrations) if config.demonstrations else []
+    data = folder / "dialogs.jsonl"
+    write_atomic(data, "".join(json.dumps({"messages": dialog}, ensure_ascii=False) + "\n" for dialog in dialogs))
+    recipe = replace(config.sft, model=config.base or state["model"], data=data, out=folder, seed=config.seed)
+    return state | {"model": str(call(config, sft, recipe))}
+
+
+def ppo_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
+    "PPO, which begins with the newest model, and has it for π_0 (section 3.2.3)."
+    recipe = replace(
+        config.ppo, model=state["model"], **judges(state), prompts=config.prompts, held_out=config.held_out,
+        out=folder, seed=config.seed,
+    )  # fmt: skip
+    return state | {"model": str(call(config, ppo, recipe))}
+
+
+STAGES: dict[str, Callable[[RLHFConfig, Path, dict], dict]] = {
+    "collect": collect_stage,
+    "reward": reward_stage,
+    "reject": reject_stage,
+    "bag": bag_stage,
+    "tune": tune_stage,
+    "ppo": ppo_stage,
+}
+
+# %% [markdown]
+# ### The loop
+#
+# A stage is done when its `done.json` is there, with the state behind it; whatever stops the program, it goes on with
+# the stage that is not done, and that one with its last chunk or checkpoint. After each version its model answers the
+# held-out prompts. `metrics.json` has the mean scores that the newest reward models give to these answers, of all
+# versions so far, since scores of two reward models cannot be compared.
+
+# %%
+#| export
+RLHF = {
+    "paper": RLHFConfig(),
+    "mini": RLHFConfig(
+        batch=1500, best=1000, annotator="judge", mixed=False, pairs=PAIRS["mini"], reward=REWARD["mini"],
+        rejection=replace(REJECTION["mini"], temperatures=(0.5, 0.7, 0.9, 1.1)), sft=SFT["mini"],
+        ppo=replace(PPO["mini"], iterations=16, beta=0.2, every=4),
+    ),
+}  # fmt: skip
+
+
+def answers_of(folder: str, prompts: Sequence[Prompt], config: RLHFConfig) -> list[dict]:
+    "A model's answers to prompts: rows with messages, is_safety, answer, finished."
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_checkpoint(folder, device), Tokenizer(folder)
+    dialogs, limit = [prompt.messages for prompt in prompts], config.pairs.max_new_tokens
+    replies = respond(model, tokenizer, dialogs, limit, config.temperature, seed=config.seed)
+    rows = []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        text, tidy = untagged(reply.text)
+        rows.append(prompt._asdict() | {"answer": text, "finished": reply.finished and tidy})
+    return rows
+
+
+def measure(config: RLHFConfig, version: int, state: dict):
+    "Write V…/answers.jsonl, of the newest version, and V…/metrics.json, of all so far."
+    prompts, found = read_prompts(config.held_out), {}
+    for number, folder in enumerate([config.model, *state["versions"]]):
+        path = config.out / f"V{number}" / "answers.jsonl"
+        if not path.exists():
+            rows = answers_of(folder, prompts, config)
+            write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        found[f"V{number}"] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorers = {value: load_scorer(state[value], device) for value in VALUES if value in state}
+    metrics = {}
+    for name, rows in found.items():
+        tagged = np.array([row["is_safety"] for row in rows])
+        dialogs = [[*row["messages"], {"role": "assistant", "content": row["answer"]}] for row in rows]
+        measured = {value: scorer(dialogs) for value, scorer in scorers.items()}
+        if config.annotator == "judge":
+            gold = scores([row["messages"] for row in rows], [(row["answer"], row["finished"]) for row in rows])
+            measured |= {"gold helpfulness": gold[:, 0], "gold safety": gold[:, 1]}
+        metrics[name] = {"finished": float(np.mean([row["finished"] for row in rows]))}
+        for value, numbers in measured.items():  # helpfulness where prompts are harmless, safety where they are not
+            these = numbers[tagged == value.endswith("safety")]
+            metrics[name][value] = float(these.mean()) if len(these) else None
+    write_atomic(config.out / f"V{version}" / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+
+
+def record_program(config: RLHFConfig):
+    "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
+    path = config.out / "settings.json"
+    ours = json.loads(json.dumps(asdict(config) | {"launcher": "", "out": ""}, default=str))
+    if path.exists():
+        found = json.loads(path.read_text("utf-8"))
+        shorter, longer = sorted((found["versions"], ours["versions"]), key=len)
+        if longer[: len(shorter)] == shorter:
+            found["versions"] = ours["versions"] = longer
+        check_same(found, ours, path)
+    write_atomic(path, json.dumps(ours, indent=1) + "\n")
+
+
+def run(config: RLHFConfig) -> Path:
+    """Make the versions of `config`, or go on making them; returns the folder of the last one's model.
+
+    A program that is done can be given further versions. ValueError for a folder of another program, for stages in an
+    order that cannot work, and as of the stages; SystemExit while annotations are missing.
+    """
+    record_program(config)
+    state = {"model": config.model, "previous": config.model, "batches": [], "best": [], "versions": []}
+    for version, names in enumerate(config.versions, 1):
+        for place, name in enumerate(names.split(), 1):
+            folder = config.out / f"V{version}" / f"{place}-{name}"
+            done = folder / "done.json"
+            if not done.exists():
+                print(f"V{version} {name}", flush=True)
+                write_atomic(done, json.dumps(STAGES[name](config, folder, state), indent=1) + "\n")
+            state = json.loads(done.read_text("utf-8"))
+        newest = state["versions"][-1] if state["versions"] else config.model
+        state |= {"previous": newest, "versions": [*state["versions"], state["model"]]}
+        if not (config.out / f"V{version}" / "metrics.json").exists():
+            measure(config, version, state)
+    return Path(state["model"])
+
+
+def cli(prog: str = "python -m llama2lib.rlhf"):
+    "python -m llama2lib.rlhf RECIPE [options]: versions of a chat model, one after the other (section 3.2)."
+    recipes = {
+        name: (f"{len(c.versions)} versions, {c.batch} prompts a batch of comparisons", c) for name, c in RLHF.items()
+    }
+    try:
+        run(tyro.extras.overridable_config_cli(recipes, prog=prog))
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+# %% [markdown]
+# ## On the mini world
+#
+# The program, with the chat models of chapter 03 to begin with, and the judge of chapter 12 for annotators: comparisons
+# in batches of 1,500 prompts, of which a quarter are adversarial and tagged, some with turns before or instructions.
+
+# %%
+#| default_exp mini_rlhf
+
+# %%
+#| export
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from llama2lib import mini
+from llama2lib.checkpoint import save_checkpoint
+from llama2lib.recipes import by_scale, cache_folder, scale, source_digest
+from llama2lib.rlhf import RLHF, RLHFConfig, run
+from llama2lib.rollout import Prompt, write_prompts
+from llama2lib.synthetic import HELPFUL, dialogues
+
+TAGGED = 0.25  # share of adversarial prompts
+PROMPTS = by_scale(smoke=64, laptop=20_000, a100=20_000)  # of the program
+HELD_OUT = by_scale(smoke=16, laptop=400, a100=400)
+PROGRAM = RLHF["mini"]
+if scale() == "smoke":
+    PROGRAM = replace(PROGRAM, batch=24, best=16)
+    PROGRAM = replace(PROGRAM, versions=("collect reward reject tune", "collect reward bag tune ppo"))
+    PROGRAM = replace(PROGRAM, ppo=replace(PROGRAM.ppo, iterations=2, batch=8, minibatch=4, every=1))
+
+
+def asked(seed: int, number: int, count: int, split: str = "train", tagged: float = TAGGED) -> list[Prompt]:
+    "Prompts of a seed, the `number`-th draw; a share of them adversarial, and tagged."
+    random, harmful = np.random.default_rng([30, seed, number]), round(tagged * count)
+    found = []
+    for kinds, tag, size in ((HELPFUL, False, count - harmful), ({"adversarial": 1.0}, True, harmful)):
+        drawn = dialogues(random, size, split, kinds, {"full": 1.0}, turns=(0.7, 0.2, 0.1), instructed=0.1)
+        found += [Prompt(messages[:-1], tag) for messages in drawn]
+    return [found[i] for i in random.permutation(count)]
+
+
+def program(seed: int, **changes) -> tuple[Path, RLHFConfig]:
+    "The folder of the program of a seed, and its configuration; makes what is not there yet."
+    place = cache_folder() / "mini" / f"rlhf-{scale()}-seed{seed}-{source_digest('import llama2lib.mini_rlhf')[:12]}"
+    if not (place / "held-out.jsonl").exists():
+        save_checkpoint(mini.chat(seed), place / "chat", mini.tokenizer())
+        write_prompts(place / "prompts.jsonl", asked(seed, 0, PROMPTS))
+        write_prompts(place / "held-out.jsonl", asked(seed, 1, HELD_OUT, "test"))
+    config = replace(PROGRAM, model=str(place / "chat"), seed=seed, out=place / "program")
+    config = replace(config, prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl")
+    run(config)
+    return config.out, config
 
 # %% [markdown]
 # ## The same on many GPUs

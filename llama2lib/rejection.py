@@ -10,20 +10,18 @@ __all__ = [
     "REJECTION",
     "read_best",
     "write_best",
+    "chosen_temperature",
     "run",
-    "record_settings",
     "cli",
 ]
 
 
 # ---------- chapters/05_rlhf.py · Rejection sampling
 
-import hashlib
 import json
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,10 +37,10 @@ from llama2lib.dialog import Message
 from llama2lib.distributed import processes
 from llama2lib.model import Llama
 from llama2lib.preferences import records
-from llama2lib.pretrain import check_same, command
+from llama2lib.pretrain import command
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import load_scorer
-from llama2lib.rollout import Prompt, Reward, read_prompts, untagged
+from llama2lib.rollout import Prompt, Reward, in_chunks, read_prompts, record_settings, untagged
 from llama2lib.tokenizer import Tokenizer
 
 
@@ -128,7 +126,9 @@ class RejectionConfig:
     safety: str | None = "runs/reward-safety/model"  # none: the helpfulness model decides alone
     gate: float = 0.15  # probability of safe below which the safety model's score counts
     samples: int = 10  # K; the paper does not say
-    temperature: float = 1.0  # Figure 8: to be tuned again for each version
+    temperature: float = 1.0  # of the samples
+    temperatures: tuple[float, ...] = ()  # to choose from in the place of `temperature`, anew for each version
+    tune: int = 64  # prompts to choose a temperature on
     top_p: float = 1.0  # sample among the likeliest tokens that have this probability together
     max_new_tokens: int = 1024  # an answer that does not end within them is not used
     seed: int = 0  # of the samples
@@ -139,11 +139,12 @@ class RejectionConfig:
     chunk: int = 64  # prompts between saves
 
     def __post_init__(self):
-        for name in ("samples", "max_new_tokens", "chunk"):
+        for name in ("samples", "max_new_tokens", "chunk", "tune"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if not 0 < self.gate < 1 or self.temperature <= 0:
-            raise ValueError(f"gate {self.gate}, temperature {self.temperature}: expected 0 < gate < 1, and above 0")
+        if not 0 < self.gate < 1 or min((self.temperature, *self.temperatures)) <= 0:
+            found = f"gate {self.gate}, temperature {self.temperature}, temperatures {self.temperatures}"
+            raise ValueError(f"{found}: expected 0 < gate < 1, and above 0")
 
 
 REJECTION = {"paper": RejectionConfig(), "mini": RejectionConfig(samples=8, max_new_tokens=64, chunk=256)}
@@ -167,55 +168,62 @@ def write_best(path: str | os.PathLike, rows: Sequence[Best]):
     write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
+def chosen_temperature(config: RejectionConfig, prompts: Sequence[Prompt], sample: Callable) -> float:
+    """The one of `temperatures` at which the best answers to the first `tune` prompts have the highest mean reward.
+
+    The ranks share them out; what each one gave is kept in out/temperatures. ValueError when none gives an answer.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = [config.out / "temperatures" / f"{temperature:g}.jsonl" for temperature in config.temperatures]
+    mine = list(zip(config.temperatures, parts, strict=True))[rank::ranks]
+    for temperature, part in tqdm(mine, desc="temperatures", unit="temperature", disable=rank > 0):
+        if not part.exists():
+            these = prompts[: config.tune]
+            seeds = np.random.SeedSequence([config.seed]).generate_state(len(these)).tolist()
+            write_best(part, best(these, sample(these, seeds, temperature)))
+    if ranks > 1:
+        dist.barrier()
+    means = [np.mean([row.reward for row in rows] or [-np.inf]) for rows in map(read_best, parts)]
+    if max(means) == -np.inf:
+        raise ValueError(f"{config.model}: no answer ended within {config.max_new_tokens} tokens")
+    return config.temperatures[int(np.argmax(means))]
+
+
 def run(config: RejectionConfig) -> Path:
     """Sample, score and choose as `config` says; returns the path of best.jsonl.
 
-    ValueError with file and line for prompts that are none, and for a folder with chunks of another configuration.
+    ValueError with file and line for prompts that are none, for a folder with chunks of another configuration, and
+    when no prompt got an answer that ended.
     """
     with processes() as device:
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         prompts = read_prompts(config.prompts, tagged=config.safety is not None)
-        if rank == 0:
-            record_settings(config)
-        if ranks > 1:
-            dist.barrier()
+        record_settings(config.out, config, config.prompts)
         model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
         reward = Reward(
             load_scorer(config.helpfulness, device), config.safety and load_scorer(config.safety, device), config.gate
         )
-        count = math.ceil(len(prompts) / config.chunk)
-        parts = [config.out / "chunks" / f"{number:06d}.jsonl" for number in range(count)]
-        mine = [number for number in range(rank, count, ranks) if not parts[number].exists()]
-        for number in tqdm(mine, desc="sampling", unit="chunk", disable=rank > 0):
-            begin = number * config.chunk
-            these = prompts[begin : begin + config.chunk]
-            seeds = np.random.SeedSequence([config.seed, number]).generate_state(len(these)).tolist()
-            found = candidates(
-                model, tokenizer, these, reward, config.samples, config.temperature, config.top_p,
-                config.max_new_tokens, seeds,
-            )  # fmt: skip
-            write_best(parts[number], best(these, found))
-        if ranks > 1:
-            dist.barrier()
-        if rank == 0:
+
+        def sample(these, seeds, temperature):
+            settings = config.samples, temperature, config.top_p, config.max_new_tokens, seeds
+            return candidates(model, tokenizer, these, reward, *settings)
+
+        at = chosen_temperature(config, prompts, sample) if config.temperatures else config.temperature
+        parts = in_chunks(
+            config.out / "chunks", prompts, config.chunk, config.seed,
+            lambda these, seeds, path: write_best(path, best(these, sample(these, seeds, at))),
+        )  # fmt: skip
+        if not dist.is_initialized() or dist.get_rank() == 0:
             rows = [row for part in parts for row in read_best(part)]
+            if not rows:
+                raise ValueError(f"{config.model}: no answer ended within {config.max_new_tokens} tokens")
             if config.earlier:
                 rows = bag([*(read_best(path) for path in config.earlier), rows], reward)
             write_best(config.out / "best.jsonl", rows)
-            print(f"{len(rows):,} best answers, mean reward {np.mean([row.reward for row in rows]):.3f}")
-        if ranks > 1:
+            mean = np.mean([row.reward for row in rows])
+            print(f"{len(rows):,} best answers at temperature {at:g}, mean reward {mean:.3f}")
+        if dist.is_initialized():
             dist.barrier()
     return config.out / "best.jsonl"
-
-
-def record_settings(config: RejectionConfig):
-    "Write out/settings.json; ValueError when the folder holds chunks of another configuration."
-    path = config.out / "settings.json"
-    digest = hashlib.sha256(config.prompts.read_bytes()).hexdigest()
-    ours = json.loads(json.dumps(asdict(config) | {"out": None, "prompts": digest}, default=str))
-    if path.exists():
-        check_same(json.loads(path.read_text("utf-8")), ours, config.out)
-    write_atomic(path, json.dumps(ours, indent=1) + "\n")
 
 
 @record

@@ -11,6 +11,8 @@ __all__ = [
     "Reward",
     "untagged",
     "consolidated",
+    "record_settings",
+    "in_chunks",
     "Policy",
     "Value",
     "policy_of",
@@ -25,12 +27,14 @@ __all__ = [
 
 # ---------- chapters/05_rlhf.py · Prompts
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,13 +45,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from llama2lib.checkpoint import whole
 from llama2lib.dialog import TAGS, Message, check_dialog, encode_dialog
 from llama2lib.formats import without_memory
 from llama2lib.model import Llama
 from llama2lib.preferences import records
-from llama2lib.pretrain import IGNORE
+from llama2lib.pretrain import IGNORE, check_same
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import RewardModel, Scorer, padded
 from llama2lib.shards import shuffled
@@ -185,6 +190,43 @@ def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Lla
     finally:
         for parameter in copy.parameters():
             parameter.data = parameter.data.new_empty(0)
+
+
+# ---------- chapters/05_rlhf.py · Work in chunks
+
+def record_settings(folder: Path, config, prompts: Path):
+    "Write settings.json, or ValueError when the folder holds chunks of another configuration; all ranks call it."
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path, digest = folder / "settings.json", hashlib.sha256(prompts.read_bytes()).hexdigest()
+        ours = json.loads(json.dumps(asdict(config) | {"out": None, "prompts": digest}, default=str))
+        if path.exists():
+            check_same(json.loads(path.read_text("utf-8")), ours, folder)
+        write_atomic(path, json.dumps(ours, indent=1) + "\n")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def in_chunks(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    size: int,
+    seed: int,
+    work: Callable[[Sequence[Prompt], list[int], Path], None],
+) -> list[Path]:
+    """Work through prompts, `size` at a time; the files of all chunks, when all ranks are through.
+
+    `work(prompts, seeds, path)` writes the file of a chunk, all or nothing; a chunk whose file exists is done.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = [folder / f"{number:06d}.jsonl" for number in range(math.ceil(len(prompts) / size))]
+    mine = [number for number in range(rank, len(parts), ranks) if not parts[number].exists()]
+    for number in tqdm(mine, desc="sampling", unit="chunk", disable=rank > 0):
+        these = prompts[number * size : (number + 1) * size]
+        seeds = np.random.SeedSequence([seed, number]).generate_state(len(these)).tolist()
+        work(these, seeds, parts[number])
+    if dist.is_initialized():
+        dist.barrier()
+    return parts
 
 
 # ---------- chapters/05_rlhf.py · Policy and value model

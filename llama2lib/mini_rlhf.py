@@ -1,0 +1,57 @@
+"""Generated from chapters/05_rlhf.py by chapters/export.py; edit the chapter."""
+
+__all__ = [
+    "TAGGED",
+    "PROMPTS",
+    "HELD_OUT",
+    "PROGRAM",
+    "asked",
+    "program",
+]
+
+
+# ---------- chapters/05_rlhf.py · On the mini world
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from llama2lib import mini
+from llama2lib.checkpoint import save_checkpoint
+from llama2lib.recipes import by_scale, cache_folder, scale, source_digest
+from llama2lib.rlhf import RLHF, RLHFConfig, run
+from llama2lib.rollout import Prompt, write_prompts
+from llama2lib.synthetic import HELPFUL, dialogues
+
+TAGGED = 0.25  # share of adversarial prompts
+PROMPTS = by_scale(smoke=64, laptop=20_000, a100=20_000)  # of the program
+HELD_OUT = by_scale(smoke=16, laptop=400, a100=400)
+PROGRAM = RLHF["mini"]
+if scale() == "smoke":
+    PROGRAM = replace(PROGRAM, batch=24, best=16)
+    PROGRAM = replace(PROGRAM, versions=("collect reward reject tune", "collect reward bag tune ppo"))
+    PROGRAM = replace(PROGRAM, ppo=replace(PROGRAM.ppo, iterations=2, batch=8, minibatch=4, every=1))
+
+
+def asked(seed: int, number: int, count: int, split: str = "train", tagged: float = TAGGED) -> list[Prompt]:
+    "Prompts of a seed, the `number`-th draw; a share of them adversarial, and tagged."
+    random, harmful = np.random.default_rng([30, seed, number]), round(tagged * count)
+    found = []
+    for kinds, tag, size in ((HELPFUL, False, count - harmful), ({"adversarial": 1.0}, True, harmful)):
+        drawn = dialogues(random, size, split, kinds, {"full": 1.0}, turns=(0.7, 0.2, 0.1), instructed=0.1)
+        found += [Prompt(messages[:-1], tag) for messages in drawn]
+    return [found[i] for i in random.permutation(count)]
+
+
+def program(seed: int, **changes) -> tuple[Path, RLHFConfig]:
+    "The folder of the program of a seed, and its configuration; makes what is not there yet."
+    place = cache_folder() / "mini" / f"rlhf-{scale()}-seed{seed}-{source_digest('import llama2lib.mini_rlhf')[:12]}"
+    if not (place / "held-out.jsonl").exists():
+        save_checkpoint(mini.chat(seed), place / "chat", mini.tokenizer())
+        write_prompts(place / "prompts.jsonl", asked(seed, 0, PROMPTS))
+        write_prompts(place / "held-out.jsonl", asked(seed, 1, HELD_OUT, "test"))
+    config = replace(PROGRAM, model=str(place / "chat"), seed=seed, out=place / "program")
+    config = replace(config, prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl")
+    run(config)
+    return config.out, config
