@@ -6,11 +6,18 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from llama2lib.checkpoint import save_checkpoint
+from llama2lib.dialog import encode_dialog
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.recipes import data_file
+from llama2lib.reward import RewardModel
+from llama2lib.rollout import Prompt, write_prompts
+from llama2lib.sft import SFTConfig, sft
+from llama2lib.tokenizer import train_tokenizer
 
 SHAPES = {
     "MHA": dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=4, hidden_dim=176, vocab_size=128),
@@ -84,3 +91,39 @@ def torchrun(*arguments, timeout: int = 300, **environment: str) -> str:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=os.environ | environment)
     assert ran.returncode == 0, ran.stderr[-8000:]  # torchrun's own report takes up to half of it
     return ran.stdout
+
+
+NUMBERS = "one two three four five six seven eight nine ten".split()
+NUMBER_PROMPTS = [Prompt([{"role": "user", "content": " ".join(NUMBERS[n : n + 2])}], n % 3 == 0) for n in range(9)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    "Of words for numbers, and the tags of the chat format."
+    texts = [*NUMBERS, "[INST] [/INST] [INST]\n"] * 50
+    return train_tokenizer(texts, 320, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    "A model that answers with some of NUMBERS at random."
+    random = np.random.default_rng(0)
+    model = random_model("GQA", vocab_size=tokenizer.vocab_size)
+    said = [" ".join(random.choice(NUMBERS, random.integers(1, 5))) for _ in range(300)]
+    dialogs = [[*NUMBER_PROMPTS[n % 9].messages, {"role": "assistant", "content": text}] for n, text in enumerate(said)]
+    recipe = SFTConfig(lr=1e-2, batch_rows=16, max_seq_len=64, epochs=2, block_diagonal=True)
+    for _ in sft(model, [encode_dialog(tokenizer, messages) for messages in dialogs], recipe):
+        pass
+    return model
+
+
+@pytest.fixture
+def folders(chat, tokenizer, tmp_path):
+    "The chat model, two reward models and the prompts on disk: chat, helpful, safe, prompts.jsonl."
+    save_checkpoint(chat, tmp_path / "chat", tokenizer)
+    for name, seed in ("helpful", 1), ("safe", 2):
+        scoring = RewardModel.of(random_model("MHA", seed=seed, vocab_size=tokenizer.vocab_size))
+        torch.nn.init.normal_(scoring.score.weight, generator=torch.Generator().manual_seed(seed))
+        save_checkpoint(scoring, tmp_path / name, tokenizer)
+    write_prompts(tmp_path / "prompts.jsonl", NUMBER_PROMPTS)
+    return tmp_path

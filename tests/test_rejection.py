@@ -6,24 +6,16 @@ from dataclasses import replace
 import conftest
 import numpy as np
 import pytest
-import torch
-from conftest import random_model
+from conftest import NUMBER_PROMPTS as PROMPTS
 
 from llama2lib import rejection as module
 from llama2lib.chat import Reply
-from llama2lib.checkpoint import save_checkpoint
-from llama2lib.dialog import encode_dialog, read_dialogs
+from llama2lib.dialog import read_dialogs
 from llama2lib.launch import torchrun_arguments
 from llama2lib.rejection import REJECTION, Best, Candidates, bag, best, candidates, read_best, run, write_best
-from llama2lib.reward import RewardModel
-from llama2lib.rollout import Prompt, Reward, write_prompts
-from llama2lib.sft import SFTConfig, sft
-from llama2lib.tokenizer import train_tokenizer
+from llama2lib.rollout import Prompt, Reward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WORDS = "one two three four five six seven eight nine ten".split()
-PROMPTS = [Prompt([{"role": "user", "content": " ".join(WORDS[n : n + 2])}], n % 3 == 0) for n in range(9)]
 
 
 def length(dialogs):
@@ -46,25 +38,6 @@ def test_the_bag_scores_anew_and_keeps_the_best_answer_of_a_prompt():
     expected = ("long answer", 11.0), ("ab", 2.0), ("c", 1.0), ("b", 1.0)
     assert found == [Best(PROMPTS[n], *row) for n, row in enumerate(expected)]
     assert bag([], Reward(length)) == []
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    texts = [*WORDS, "[INST] [/INST] [INST]\n"] * 50
-    return train_tokenizer(texts, 320, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
-
-
-@pytest.fixture(scope="module")
-def chat(tokenizer):
-    "A model that answers with some words at random."
-    random = np.random.default_rng(0)
-    model = random_model("GQA", vocab_size=tokenizer.vocab_size)
-    said = [" ".join(random.choice(WORDS, random.integers(1, 5))) for _ in range(300)]
-    dialogs = [[*PROMPTS[n % 9].messages, {"role": "assistant", "content": text}] for n, text in enumerate(said)]
-    recipe = SFTConfig(lr=1e-2, batch_rows=16, max_seq_len=64, epochs=2, block_diagonal=True)
-    for _ in sft(model, [encode_dialog(tokenizer, messages) for messages in dialogs], recipe):
-        pass
-    return model
 
 
 def test_candidates_are_in_the_order_of_the_prompts(chat, tokenizer):
@@ -91,18 +64,11 @@ def test_an_answer_that_does_not_end_is_not_usable(tokenizer, monkeypatch):
 
 
 @pytest.fixture
-def recipe(chat, tokenizer, tmp_path):
-    size = tokenizer.vocab_size
-    save_checkpoint(chat, tmp_path / "chat", tokenizer)
-    for name, seed in ("helpful", 1), ("safe", 2):
-        scoring = RewardModel.of(random_model("MHA", seed=seed, vocab_size=size))
-        torch.nn.init.normal_(scoring.score.weight, generator=torch.Generator().manual_seed(seed))
-        save_checkpoint(scoring, tmp_path / name, tokenizer)
-    write_prompts(tmp_path / "prompts.jsonl", PROMPTS)
+def recipe(folders):
     return replace(
-        REJECTION["mini"], model=str(tmp_path / "chat"), helpfulness=str(tmp_path / "helpful"),
-        safety=str(tmp_path / "safe"), prompts=tmp_path / "prompts.jsonl", chunk=2, samples=3, max_new_tokens=12,
-        out=tmp_path / "out",
+        REJECTION["mini"], model=str(folders / "chat"), helpfulness=str(folders / "helpful"),
+        safety=str(folders / "safe"), prompts=folders / "prompts.jsonl", chunk=2, samples=3, max_new_tokens=12,
+        out=folders / "out",
     )  # fmt: skip
 
 
@@ -154,6 +120,33 @@ def test_a_recipe_that_cannot_work_is_refused(recipe):
         ({"samples": 0}, "samples 0: expected at least 1"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"gate": 1.0}, "gate 1.0"),
+        ({"temperatures": (0.5, 0.0)}, "temperatures"),
+        ({"tune": 0}, "tune 0"),
     ):
         with pytest.raises(ValueError, match=told):
             replace(recipe, **change)
+
+
+def test_the_temperature_whose_best_answers_score_highest_is_used(recipe, monkeypatch):
+    "It is looked for once, on the first prompts; a run that goes on does not look again."
+    asked = []
+
+    def ask(model, tokenizer, prompts, reward, samples, temperature, *rest):
+        asked.append((len(prompts), temperature))
+        rewards = np.full((len(prompts), samples), -abs(temperature - 0.8), np.float32)
+        return Candidates([["yes"] * samples] * len(prompts), rewards, np.full(rewards.shape, True))
+
+    monkeypatch.setattr(module, "candidates", ask)
+    tuned = replace(recipe, temperatures=(0.5, 0.9, 1.2), tune=4, chunk=5)
+    run(tuned)
+    assert asked == [(4, 0.5), (4, 0.9), (4, 1.2), (5, 0.9), (4, 0.9)]
+    (recipe.out / "chunks" / "000001.jsonl").unlink()
+    run(tuned)
+    assert asked[5:] == [(4, 0.9)]
+
+
+def test_a_model_without_an_answer_is_an_error(recipe):
+    with pytest.raises(ValueError, match="no answer ended within 1 tokens"):
+        run(replace(recipe, max_new_tokens=1))
+    with pytest.raises(ValueError, match="no answer ended within 1 tokens"):
+        run(replace(recipe, max_new_tokens=1, temperatures=(1.0,), out=recipe.out.with_name("other")))
