@@ -7,13 +7,14 @@ __all__ = [
     "PROGRAM",
     "asked",
     "program",
+    "state_of",
 ]
 
 
 # ---------- chapters/05_rlhf.py · On the mini world
 
+import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -44,14 +45,25 @@ def asked(seed: int, number: int, count: int, split: str = "train", tagged: floa
     return [found[i] for i in random.permutation(count)]
 
 
-def program(seed: int, **changes) -> tuple[Path, RLHFConfig]:
-    "The folder of the program of a seed, and its configuration; makes what is not there yet."
+def program(seed: int) -> RLHFConfig:
+    "The program of a seed; makes what is not there yet, in the folder `out`."
     place = cache_folder() / "mini" / f"rlhf-{scale()}-seed{seed}-{source_digest('import llama2lib.mini_rlhf')[:12]}"
     if not (place / "held-out.jsonl").exists():
+        save_checkpoint(mini.base(seed), place / "base", mini.tokenizer())
         save_checkpoint(mini.chat(seed), place / "chat", mini.tokenizer())
         write_prompts(place / "prompts.jsonl", asked(seed, 0, PROMPTS))
         write_prompts(place / "held-out.jsonl", asked(seed, 1, HELD_OUT, "test"))
-    config = replace(PROGRAM, model=str(place / "chat"), seed=seed, out=place / "program")
-    config = replace(config, prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl")
+    config = replace(
+        PROGRAM, model=str(place / "chat"), base=str(place / "base"), prompts=place / "prompts.jsonl",
+        held_out=place / "held-out.jsonl", out=place / "program", seed=seed,
+    )  # fmt: skip
     run(config)
-    return config.out, config
+    return config
+
+
+def state_of(config: RLHFConfig, version: int, stage: str = "*") -> dict:
+    "The state behind a version, or behind the last stage of a kind in it: model, reward models, files (see `rlhf`)."
+    if not version:
+        return {"model": config.model}
+    done = config.out.joinpath(f"V{version}").glob(f"*-{stage}/done.json")
+    return json.loads(max(done, key=lambda path: int(path.parent.name.split("-")[0])).read_text("utf-8"))

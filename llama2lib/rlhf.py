@@ -274,9 +274,17 @@ STAGES: dict[str, Callable[[RLHFConfig, Path, dict], dict]] = {
 RLHF = {
     "paper": RLHFConfig(),
     "mini": RLHFConfig(
-        batch=1500, best=1000, annotator="judge", mixed=False, pairs=PAIRS["mini"], reward=REWARD["mini"],
-        rejection=replace(REJECTION["mini"], temperatures=(0.5, 0.7, 0.9, 1.1)), sft=SFT["mini"],
-        ppo=replace(PPO["mini"], iterations=16, beta=0.2, every=4),
+        versions=(
+            "collect collect collect reward reject tune",
+            "collect collect reward reject tune",
+            "collect collect reward reject tune",
+            "collect collect reward bag tune",
+            "collect collect reward bag tune collect collect reward ppo",
+        ),
+        batch=1500, best=1500, annotator="judge", mixed=False,
+        pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
+        rejection=replace(REJECTION["mini"], temperature=0.5), sft=SFT["mini"],
+        ppo=replace(PPO["mini"], iterations=24, beta=0.1, lr=1e-4, every=4),
     ),
 }  # fmt: skip
 
