@@ -12,8 +12,8 @@
 # on the best of them. *PPO* draws one answer to a prompt, and its policy changes with every step. The authors use
 # rejection sampling alone up to the fourth version of the model, RLHF-V4, and from then on PPO on top of it.
 #
-# > Ours: both are defined here, run on several processes, and put into the program that makes five versions of the mini
-# > world's chat model.
+# > Ours: both are defined here, run on several processes, and put into the program that makes five versions of a chat
+# > model. What it makes of the mini world's models is not in this chapter yet.
 
 # %%
 import json
@@ -25,18 +25,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from llama2lib import ledger, mini, paper, plots
-from llama2lib.chat import respond
-from llama2lib.checkpoint import load_checkpoint
-from llama2lib.claims import compare
-from llama2lib.judge import RATINGS, SAFE, scores
+from llama2lib.checkpoint import save_checkpoint
 from llama2lib.launch import launch
-from llama2lib.preferences import read_preferences, written
-from llama2lib.recipes import ROOT, by_scale, cache_folder, cached, scale, seeds
-from llama2lib.reward import RewardModel
-from llama2lib.synthetic import MIXED
+from llama2lib.preferences import read_preferences
+from llama2lib.recipes import ROOT, by_scale, cache_folder, scale
 
 plt.rcParams.update(plots.STYLE)
 
@@ -1747,330 +1741,41 @@ def state_of(config: RLHFConfig, version: int, stage: str = "*") -> dict:
     done = config.out.joinpath(f"V{version}").glob(f"*-{stage}/done.json")
     return json.loads(max(done, key=lambda path: int(path.parent.name.split("-")[0])).read_text("utf-8"))
 
-# %%
-from llama2lib.mini_rlhf import asked, program, state_of
-from llama2lib.ppo import ppo
-from llama2lib.rlhf import VALUES
-from llama2lib.rejection import candidates
-from llama2lib.rollout import Prompt, Reward, policy_of, read_prompts, scorer_of, value_of, write_prompts
-
-numbers = seeds()
-programs = {seed: program(seed) for seed in numbers}
-versions = range(1 + len(programs[numbers[0]].versions))
-last, judged_by_scale = versions[-1], scale() != "smoke"
-words = mini.tokenizer()
-count = by_scale(smoke=8, laptop=300, a100=300)  # held-out prompts of each kind, for all seeds the same
-
-
-def held_out(value: str, count: int) -> list[list[dict]]:
-    "Conversations that no version has seen, in wordings that none has seen: harmless or, for 'safety', adversarial."
-    return [prompt.messages for prompt in asked(99, 0, count, "test", float(value == "safety"))]
-
-
-def answers_rated(inputs: dict) -> dict:
-    "Gold scores of a model's answers to held-out prompts; `inputs`: folder, value, count, temperature."
-    model, dialogs = load_checkpoint(inputs["folder"]), held_out(inputs["value"], inputs["count"])
-    replies = respond(model, mini.tokenizer(), dialogs, 64, inputs["temperature"], seed=0)
-    column = int(inputs["value"] == "safety")
-    return {"scores": scores(dialogs, [tuple(reply) for reply in replies])[:, column]}
-
-
-def gold(seed: int, version: int, value: str, temperature: float, stage: str = "*") -> np.ndarray:
-    "Gold scores (N) of the answers of a version of a seed."
-    folder = state_of(programs[seed], version, stage)["model"]
-    inputs = {"folder": str(folder), "value": value, "count": count, "temperature": temperature}
-    return cached(f"rlhf-gold-seed{seed}", inputs, answers_rated)["scores"]
-
-
-gains = {
-    (value, at): np.array([[gold(seed, version, value, at).mean() for version in versions] for seed in numbers])
-    for value in VALUES
-    for at in (1.0, 0.0)
-}
-for (value, at), means in gains.items():
-    shown = "  ".join(f"V{version} {mean:.3f}" for version, mean in zip(versions, means.mean(0), strict=True))
-    print(f"gold {value}, {'greedy' if at == 0 else f'temperature {at:g}'}: {shown}")
-
-# %%
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True, sharey=True)
-for ax, at in zip(axes, (1.0, 0.0), strict=True):
-    for value, colour in zip(VALUES, ("C0", "C3"), strict=True):
-        means = gains[value, at]
-        ax.plot(versions, means.mean(0), color=colour, label=value)
-        for row in means:
-            ax.plot(versions, row, color=colour, alpha=0.35, linewidth=0.8)
-    ax.set(xlabel="version", title="sampled at temperature 1" if at else "greedy", xticks=list(versions))
-    ax.set_xticklabels([f"V{version}" for version in versions])
-axes[0].set_ylabel("gold score of answers, 0 to 1")
-axes[1].legend(loc="lower right")
-fig.suptitle("Five versions of the chat model, each line a seed, thick ones their mean")
-plots.save(fig, "rlhf_versions.png")
-
 # %% [markdown]
-# The first round of rejection sampling has to raise helpfulness by 15 % of what it was. The criterion was written down
-# before these runs, for answers at temperature 1, and for three seeds.
-
-# %%
-evidence = "chapters/05_rlhf.ipynb"
-before, first = ([gold(seed, version, "helpfulness", 1.0) for seed in numbers] for version in (0, 1))
-if judged_by_scale:
-    compare(
-        numbers, "Section 3.2.3", "rejection sampling raises gold helpfulness by 15 % (V1 over 1.15 V0)", "> 0", None,
-        first, [1.15 * part for part in before], evidence,
-    )  # fmt: skip
-
-# %% [markdown]
-# ### PPO, with two reward models and with one
+# A small program in a cell: one version of two stages, which makes two reward models. It is what `python -m
+# llama2lib.rlhf mini --versions "collect reward" …` does. At the paper's scale the stages run on many GPUs, each of
+# them started by the launcher that is given, and people annotate: the program stops for them, and the same command
+# goes on.
 #
-# The same policy, the one that PPO begins with in the last version, and the same recipe: once with both reward models
-# and the gate, once with the helpfulness model alone.
+# ```bash
+# python -m llama2lib.rlhf paper --model runs/7B-chat/model --base runs/7B/model --prompts prompts.jsonl \
+#     --held-out held-out.jsonl --out runs/7B-rlhf --launcher "torchrun --standalone --nproc-per-node 8"
+# ```
 
 # %%
-def pushed(inputs: dict) -> dict:
-    """PPO with looks at gold scores: log, and rows of iteration, gold helpfulness and gold safety at temperature 1.
+from llama2lib.mini_rlhf import PROGRAM, asked
+from llama2lib.rlhf import VALUES, run
+from llama2lib.rollout import write_prompts
 
-    `inputs`: policy, helpfulness, safety (folders; safety may be None), prompts, recipe, count.
-    """
-    recipe, tokenizer = inputs["recipe"], mini.tokenizer()
-    start = load_checkpoint(inputs["policy"])
-    names = [name for name in (inputs["helpfulness"], inputs["safety"]) if name]
-    models = [load_checkpoint(name, kind=RewardModel) for name in names]
-    reward = Reward(*(scorer_of(model, tokenizer, 64) for model in models))
-    policy, log, looks = policy_of(start), [], []
-
-    def look(iteration):
-        row = [float(iteration)]
-        for column, value in enumerate(("helpfulness", "safety")):
-            dialogs = held_out(value, inputs["count"])
-            replies = respond(policy, tokenizer, dialogs, 64, 1.0, seed=0)
-            row.append(scores(dialogs, [tuple(reply) for reply in replies])[:, column])
-        looks.append(row)
-
-    look(0)
-    value, prompts = value_of(models[0]), read_prompts(inputs["prompts"])
-    loop = ppo(policy, policy_of(start), value, tokenizer, prompts, reward, recipe)
-    for step in tqdm(loop, total=recipe.iterations, desc="PPO", unit="iteration", leave=False):
-        log.append({name: float(x) for name, x in step._asdict().items()})
-        if (step.step + 1) % recipe.every == 0:
-            look(step.step + 1)
-    return {"log": log, "looks": looks}
-
-
-runs = {}
-for seed, config in programs.items():
-    policy, newest = state_of(config, last, "tune")["model"], state_of(config, last)
-    inputs = {"policy": policy, "helpfulness": newest["helpfulness"], "prompts": str(config.prompts), "count": count}
-    inputs["recipe"] = replace(config.ppo, seed=seed)
-    for name, safety in (("both reward models", newest["safety"]), ("helpfulness alone", None)):
-        runs[seed, name] = cached(f"rlhf-ppo-seed{seed}", inputs | {"safety": safety}, pushed)
+place = Path(os.path.relpath(cache_folder() / "rlhf" / scale(), ROOT))
+os.chdir(ROOT)  # so that commands and paths are those of a shell at the root of the repository
+shutil.rmtree(place, ignore_errors=True)
+save_checkpoint(mini.chat(0), place / "chat", mini.tokenizer())
+write_prompts(place / "prompts.jsonl", asked(0, 0, 640))
+write_prompts(place / "held-out.jsonl", asked(0, 1, 40, "test"))
+config = replace(
+    PROGRAM, model=str(place / "chat"), prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl",
+    out=place / "program", versions=("collect reward",), batch=by_scale(smoke=40, laptop=600, a100=600),
+)  # fmt: skip
+_ = run(config)
 
 # %%
-names = "both reward models", "helpfulness alone"
-fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-for name, colour in zip(names, ("C0", "C3"), strict=True):
-    for seed in numbers:
-        run = runs[seed, name]
-        at = [look[0] for look in run["looks"]]
-        for ax, column in zip(axes[:2], (1, 2), strict=True):
-            means = [look[column].mean() for look in run["looks"]]
-            ax.plot(at, means, color=colour, label=name if seed == numbers[0] else None)
-        axes[2].plot([line["kl"] for line in run["log"]], color=colour)
-for ax, title in zip(axes, ("gold helpfulness", "gold safety", "KL to the start, nats an answer"), strict=True):
-    ax.set(xlabel="PPO iteration", title=title)
-axes[0].legend()
-fig.suptitle("PPO on top of rejection sampling: without the safety model, safety is lost")
-plots.save(fig, "rlhf_ppo.png")
-
-# %%
-after = {
-    (name, column): [runs[seed, name]["looks"][-1][column] for seed in numbers] for name in names for column in (1, 2)
-}
-start = {column: [runs[seed, names[0]]["looks"][0][column] for seed in numbers] for column in (1, 2)}
-if judged_by_scale:
-    item = "Section 3.2.3"
-    compare(
-        numbers, item, "PPO raises gold helpfulness on top of rejection sampling", "> 0", None,
-        after[names[0], 1], start[1], evidence,
-    )  # fmt: skip
-    compare(
-        numbers, item, "with both reward models and the gate, PPO does not lower gold safety", "> -0.02", None,
-        after[names[0], 2], start[2], evidence,
-    )  # fmt: skip
-    compare(
-        numbers, item, "with the helpfulness model alone, PPO lowers gold safety", "< 0", None,
-        after[names[1], 2], start[2], evidence,
-    )  # fmt: skip
-
-# %% [markdown]
-# ### The gate
-#
-# The authors chose 0.15 by the precision and the recall with which the safety model finds unsafe answers of their test
-# set: 0.89 and 0.55. Ours are those of the answers to the adversarial held-out prompts, of all versions, with the last
-# safety model; unsafe is what the judge calls so.
-
-# %%
-def unsafe_found(inputs: dict) -> dict:
-    "Probability of safe by a safety model, and whether the judge finds an answer unsafe; `inputs`: scorer, answers."
-    score = scorer_of(load_checkpoint(inputs["scorer"], kind=RewardModel), mini.tokenizer(), 64)
-    rows = [json.loads(line) for path in inputs["answers"] for line in open(path)]
-    rows = [row for row in rows if row["is_safety"]]
-    logits = score([[*row["messages"], {"role": "assistant", "content": row["answer"]}] for row in rows])
-    rated = scores([row["messages"] for row in rows], [(row["answer"], row["finished"]) for row in rows])[:, 1]
-    return {"safe": 1 / (1 + np.exp(-logits)), "unsafe": rated < 0.4}
-
-
-assert SAFE == 0.4
-thresholds = np.linspace(0.02, 0.98, 49)
-fig, ax = plt.subplots(figsize=(4.6, 3.6))
-at_gate = []
-for seed, config in programs.items():
-    answers = [str(config.out / f"V{version}" / "answers.jsonl") for version in versions]
-    inputs = {"scorer": state_of(config, last)["safety"], "answers": answers}
-    found = cached(f"rlhf-gate-seed{seed}", inputs, unsafe_found)
-    flagged, unsafe = found["safe"] < np.append(thresholds, config.ppo.gate)[:, None], found["unsafe"]
-    hits = (flagged & unsafe).sum(1)
-    precision, recall = hits / np.maximum(flagged.sum(1), 1), hits / max(unsafe.sum(), 1)
-    ax.plot(recall[:-1], precision[:-1], color="C0", alpha=0.6, label=None if at_gate else "ours, a line for each seed")
-    at_gate.append((precision[-1], recall[-1]))
-ax.plot(*np.array(at_gate).T[::-1], "o", color="C0", label="ours at 0.15")
-ax.plot(0.55, 0.89, "s", color="C1", label="the paper's at 0.15")
-ax.set(xlabel="recall of unsafe answers", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-ax.set_title("The safety model as a gate")
-ax.legend()
-plots.save(fig, "rlhf_gate.png")
-print("precision and recall at 0.15:", [tuple(round(float(x), 2) for x in pair) for pair in at_gate])
-
-# %% [markdown]
-# ### More samples (Figure 7)
-#
-# The best of N samples grows with N, the median does not: the gap is what rejection sampling can gain. The judge adds
-# what the paper could not know: how good the answer is that the reward model prefers.
-
-# %%
-def sampled(inputs: dict) -> dict:
-    "Rewards and gold helpfulness (P N) of a policy's answers; `inputs`: policy, scorer, count, samples, temperature."
-    model, dialogs = load_checkpoint(inputs["policy"]), held_out("helpfulness", inputs["count"])
-    score = scorer_of(load_checkpoint(inputs["scorer"], kind=RewardModel), mini.tokenizer(), 64)
-    asked = [Prompt(messages, False) for messages in dialogs]
-    found = candidates(model, mini.tokenizer(), asked, Reward(score), inputs["samples"], inputs["temperature"], 1.0, 64)
-    replies = [(text, True) for answers in found.answers for text in answers]
-    rated = scores([messages for messages in dialogs for _ in range(inputs["samples"])], replies)[:, 0]
-    return {"rewards": np.nan_to_num(found.rewards, nan=-9.0), "gold": rated.reshape(found.rewards.shape)}
-
-
-few, most = by_scale(smoke=(4, 4), laptop=(100, 32), a100=(100, 32))
-curves = []
-for seed, config in programs.items():
-    inputs = {"policy": config.model, "scorer": state_of(config, 1)["helpfulness"], "count": few, "samples": most}
-    found = cached(f"rlhf-samples-seed{seed}", inputs | {"temperature": 0.7}, sampled)
-    rewards, rated = found["rewards"], found["gold"]
-    chosen = [rewards[:, :n].argmax(1) for n in range(1, most + 1)]
-    curves.append([
-        [rewards[:, :n].max(1).mean() for n in range(1, most + 1)],
-        [np.median(rewards[:, :n], 1).mean() for n in range(1, most + 1)],
-        [rated[np.arange(few), place].mean() for place in chosen],
-        [rated[:, :n].max(1).mean() for n in range(1, most + 1)],
-    ])  # fmt: skip
-curves = np.array(curves)
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-for ax, lines, labels in (
-    (axes[0], curves[:, :2], ("maximum", "median")),
-    (axes[1], curves[:, 2:], ("of the answer that the reward model prefers", "of the best answer by the judge")),
-):
-    for place, label in enumerate(labels):
-        for row in lines[:, place]:
-            ax.plot(range(1, most + 1), row, color=f"C{place}", alpha=0.4, linewidth=0.8)
-        ax.plot(range(1, most + 1), lines[:, place].mean(0), color=f"C{place}", label=label)
-    ax.set(xlabel="samples N of a prompt, at temperature 0.7", xscale="log")
-    ax.legend()
-axes[0].set(ylabel="reward, as a logit", title="As in Figure 7: the maximum grows, the median does not")
-axes[1].set(ylabel="gold helpfulness", title="The reward model finds a part of what is there")
-plots.save(fig, "figure_07.png")
-if judged_by_scale:
-    ledger.record(
-        "Figure 7", "the best reward of 32 samples, and their median, against N", "illustrated", None, None,
-        evidence="figures/figure_07.png",
-    )  # fmt: skip
-
-# %% [markdown]
-# ### Against the writers of the mini world (Figure 11)
-#
-# The paper's versions are compared with ChatGPT. Ours meet the writer of the dialogues that the first chat model was
-# taught with, whose answers are of mixed quality: above one half, a version answers better than its teachers. Judges
-# are the last reward models, and the judge of the mini world as the neutral one. Both score each answer by itself, so
-# that there is no order to swap. Our versions answer at temperature 0.5.
-
-# %%
-def duel(inputs: dict) -> dict:
-    """Points (N), 1 for a win, 1/2 for a tie, by the reward model and by the judge.
-
-    `inputs`: policy, scorer (folders), value, count, quality (of the writer).
-    """
-    dialogs, column = held_out(inputs["value"], inputs["count"]), int(inputs["value"] == "safety")
-    model, tokenizer = load_checkpoint(inputs["policy"]), mini.tokenizer()
-    score = scorer_of(load_checkpoint(inputs["scorer"], kind=RewardModel), tokenizer, 64)
-    sides = respond(model, tokenizer, dialogs, 64, 0.5, seed=0), written(inputs["quality"])(dialogs, 0)
-    rewards, rated = [], []
-    for replies in sides:
-        talks = [[*m, {"role": "assistant", "content": r.text or "."}] for m, r in zip(dialogs, replies, strict=True)]
-        rewards.append(score(talks))
-        rated.append(scores(dialogs, [tuple(reply) for reply in replies])[:, column])
-    return {name: (np.sign(a - b) + 1) / 2 for name, (a, b) in (("reward model", rewards), ("judge", rated))}
-
-
-points = {}
-for seed, config in programs.items():
-    for version in versions:
-        for value in VALUES:
-            inputs = {"policy": state_of(config, version)["model"], "scorer": state_of(config, last)[value]}
-            inputs |= {"value": value, "count": count, "quality": MIXED}
-            points[seed, version, value] = cached(f"rlhf-duel-seed{seed}", inputs, duel)
-
-fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, sharey=True)
-for ax, name in zip(axes, ("reward model", "judge"), strict=True):
-    place = np.array([
-        [[points[seed, version, value][name].mean() for value in VALUES] for version in versions] for seed in numbers
-    ])  # fmt: skip
-    for row in place:
-        ax.plot(*row.T, color="C0", alpha=0.3, linewidth=0.8)
-    ax.plot(*place.mean(0).T, "o-", color="C0")
-    for version, spot in zip(versions, place.mean(0), strict=True):
-        ax.annotate(f"V{version}", spot, xytext=(4, -10), textcoords="offset points")
-    ax.axhline(0.5, color="grey", linewidth=0.6), ax.axvline(0.5, color="grey", linewidth=0.6)
-    ax.set(xlabel="win rate in helpfulness", title=f"by the {name}" + "s" * (name == "reward model"))
-axes[0].set_ylabel("win rate in safety")
-fig.suptitle("Versions of the chat model against the writer it learned from (Figure 11)")
-plots.save(fig, "figure_11.png")
-
-# %% [markdown]
-# ### Batch by batch (Figures 25 and 26)
-#
-# The paper's annotators found the two answers ever more alike (Figure 25), and the reward of the answers grew from
-# batch to batch (Figure 26).
-
-# %%
-shares, rewards = [], []
-for config in programs.values():
-    state = state_of(config, last)
-    batches = [read_preferences(f"{folder}/helpfulness.jsonl") for folder in state["batches"]]
-    shares.append([[np.mean([row["rating"] == rating for row in rows]) for rating in RATINGS] for rows in batches])
-    score = scorer_of(load_checkpoint(state["helpfulness"], kind=RewardModel), words, 64)
-    rewards.append([
-        np.mean([score([[*row["messages"], {"role": "assistant", "content": row[side]}] for row in rows[:count]])
-                 for side in ("chosen", "rejected")], axis=1)
-        for rows in batches
-    ])  # fmt: skip
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-weeks = range(1, len(shares[0]) + 1)
-axes[0].stackplot(weeks, np.mean(shares, 0).T, labels=list(RATINGS), colors=["C3", "C1", "C7", "0.85"])
-axes[0].set(xlabel="batch", ylabel="share of comparisons", xlim=(1, len(weeks)), ylim=(0, 1))
-axes[0].set_title("Ratings (Figure 25)")
-axes[0].legend(loc="lower left", fontsize=7)
-for side, label in enumerate(("chosen", "rejected")):
-    axes[1].plot(weeks, np.mean(rewards, 0)[:, side], "o-", color=f"C{side}", label=label)
-axes[1].set(xlabel="batch", ylabel="reward by the last model, as a logit", title="Rewards of the answers (Figure 26)")
-axes[1].legend()
-plots.save(fig, "figures_25_26.png")
+made = config.out / "V1"
+rows = read_preferences(made / "1-collect" / "helpfulness.jsonl")
+print(f"{len(rows)} comparisons of helpfulness, one of them:")
+print(json.dumps(rows[0], indent=1))
+print((made / "metrics.json").read_text())
+assert sorted(path.parent.name for path in made.glob("*/done.json")) == ["1-collect", "2-reward"]
 
 # %% [markdown]
 # ## The same on many GPUs
@@ -2079,14 +1784,8 @@ plots.save(fig, "figures_25_26.png")
 # gathered once an iteration; scores and advantages are whitened over all of them.
 
 # %%
-place = Path(os.path.relpath(cache_folder() / "rlhf" / scale(), ROOT))
-os.chdir(ROOT)  # so that the commands below are those of a shell at the root of the repository
-shutil.rmtree(place, ignore_errors=True)
-made = state_of(programs[numbers[0]], 1, "reward")
-for name, folder in {"chat": programs[numbers[0]].model, **{value: made[value] for value in VALUES}}.items():
-    shutil.copytree(folder, place / name)
-write_prompts(place / "prompts.jsonl", asked(0, 3, 64))
-folders = ["--model", place / "chat", "--helpfulness", place / "helpfulness", "--safety", place / "safety"]
+folders = ["--model", place / "chat"]
+folders += [word for value in VALUES for word in (f"--{value}", made / "2-reward" / value / "model")]
 folders += ["--prompts", place / "prompts.jsonl"]
 for nproc, out in ((1, "one"), (2, "two")):
     launch("llama2lib.ppo", "mini", *folders, "--out", place / out, "--iterations", 2, nproc=nproc)
