@@ -309,7 +309,6 @@ def in_chunks(
 # %%
 #| export
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1305,7 +1304,7 @@ for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "pa
 #
 # > Ours: the tag of a prompt decides what annotators compare, safety if it is set, else helpfulness. The reward models
 # > begin anew with the first chat model each time. Fine-tuning goes on from the version before, or with `--base` starts
-# > at the base model again: the paper names both, and below we compare them.
+# > at the base model again; the paper can be read either way.
 
 # %%
 #| default_exp rlhf
@@ -1313,10 +1312,10 @@ for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "pa
 # %%
 #| export
 import difflib
+import hashlib
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -1630,7 +1629,8 @@ def measure(config: RLHFConfig, version: int, state: dict):
 def record_program(config: RLHFConfig):
     "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
     path = config.out / "settings.json"
-    ours = json.loads(json.dumps(asdict(config) | {"launcher": "", "out": ""}, default=str))
+    digest = hashlib.sha256(config.prompts.read_bytes()).hexdigest()
+    ours = json.loads(json.dumps(asdict(config) | {"launcher": "", "out": "", "prompts": digest}, default=str))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
         shorter, longer = sorted((found["versions"], ours["versions"]), key=len)

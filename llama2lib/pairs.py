@@ -11,7 +11,6 @@ __all__ = [
 # ---------- chapters/05_rlhf.py · Pairs
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 

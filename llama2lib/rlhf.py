@@ -28,10 +28,10 @@ __all__ = [
 # ---------- chapters/05_rlhf.py · The program
 
 import difflib
+import hashlib
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -331,7 +331,8 @@ def measure(config: RLHFConfig, version: int, state: dict):
 def record_program(config: RLHFConfig):
     "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
     path = config.out / "settings.json"
-    ours = json.loads(json.dumps(asdict(config) | {"launcher": "", "out": ""}, default=str))
+    digest = hashlib.sha256(config.prompts.read_bytes()).hexdigest()
+    ours = json.loads(json.dumps(asdict(config) | {"launcher": "", "out": "", "prompts": digest}, default=str))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
         shorter, longer = sorted((found["versions"], ours["versions"]), key=len)

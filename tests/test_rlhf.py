@@ -207,8 +207,10 @@ def test_prompts_without_tags_are_refused(config, simulated):
     with pytest.raises(ValueError, match=r"prompts.jsonl:1: is_safety: found None"):
         run(config)
     write_prompts(config.prompts, [prompt for prompt in NUMBER_PROMPTS if not prompt.is_safety])
-    with pytest.raises(ValueError, match="no two answers to compare for safety"):
+    with pytest.raises(ValueError, match=r"another configuration \(prompts"):
         run(config)
+    with pytest.raises(ValueError, match="no two answers to compare for safety"):
+        run(replace(config, out=config.out.with_name("other")))
 
 
 def test_people_annotate_and_the_program_goes_on(config, simulated):
