@@ -247,7 +247,7 @@ def test_simulated_annotators_judge_the_two_answers():
 
 def test_metrics_are_means_over_the_prompts_of_their_value(config, monkeypatch):
     config.out.joinpath("V0").mkdir(parents=True)
-    rows = [prompt._asdict() | {"answer": "x" * n, "finished": n > 1} for n, prompt in enumerate(NUMBER_PROMPTS[:4])]
+    rows = [prompt._asdict() | {"answer": "x" * n * n, "finished": n > 1} for n, prompt in enumerate(NUMBER_PROMPTS[:4])]
     (config.out / "V0" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def load(factor, _):
@@ -257,7 +257,7 @@ def test_metrics_are_means_over_the_prompts_of_their_value(config, monkeypatch):
     monkeypatch.setattr(rlhf, "scores", lambda _, replies: np.array([(len(text), end) for text, end in replies]))
     measure(config, 0, {"versions": [], "helpfulness": "1", "safety": "10"})
     assert json.loads((config.out / "V0" / "metrics.json").read_text())["V0"] == {
-        "finished": 0.5, "helpfulness": 1.5, "safety": 15.0, "gold helpfulness": 1.5, "gold safety": 0.5,
+        "finished": 0.5, "helpfulness": 2.5, "safety": 45.0, "gold helpfulness": 2.5, "gold safety": 0.5,
     }  # fmt: skip
 
 
