@@ -247,7 +247,8 @@ def test_simulated_annotators_judge_the_two_answers():
 
 def test_metrics_are_means_over_the_prompts_of_their_value(config, monkeypatch):
     config.out.joinpath("V0").mkdir(parents=True)
-    rows = [prompt._asdict() | {"answer": "x" * n * n, "finished": n > 1} for n, prompt in enumerate(NUMBER_PROMPTS[:4])]
+    said = [{"answer": "x" * n * n, "finished": n > 1} for n in range(4)]
+    rows = [prompt._asdict() | answer for prompt, answer in zip(NUMBER_PROMPTS, said, strict=False)]
     (config.out / "V0" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def load(factor, _):
