@@ -1295,9 +1295,9 @@ for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "pa
 #
 # | stage | does |
 # |---|---|
-# | `collect` | a batch of comparisons: two answers to each prompt, of the newest two versions; annotators choose |
+# | `collect` | a batch of comparisons: two answers to each prompt, of the newest two models; annotators choose |
 # | `reward` | both reward models, from the first chat model, on all comparisons so far |
-# | `reject` | the best of K answers of the newest version, at the best of some temperatures |
+# | `reject` | the best of K answers of the newest model, at a temperature, or the best one of several |
 # | `bag` | the same, together with the best answers of all versions before |
 # | `tune` | fine-tuning on them |
 # | `ppo` | PPO on top |
@@ -1331,7 +1331,6 @@ from llama2lib.annotate import export
 from llama2lib.chat import Reply, respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.desk import Desk, Study, read_items
-from llama2lib.dialog import read_dialogs
 from llama2lib.judge import scores
 from llama2lib.pairs import PAIRS, PairsConfig
 from llama2lib.ppo import PPO, PPOConfig
@@ -1357,7 +1356,6 @@ class RLHFConfig:
 
     model: str = "runs/sft/model"  # the chat model's folder to begin with, V0
     base: str | None = None  # the folder that every fine-tuning begins with; none: the version before
-    demonstrations: Path | None = None  # conversations to fine-tune on beside the best answers; none: these alone
     prompts: Path = Path("prompts.jsonl")  # conversations that end with the user, and is_safety
     held_out: Path = Path("held-out.jsonl")  # prompts on which every version is measured, and PPO stopped
     out: Path = Path("runs/rlhf")  # V1, V2 …, each with a folder for every stage, and what was measured
@@ -1400,8 +1398,8 @@ class RLHFConfig:
 # ### Stages
 #
 # A stage is a function: it gets the configuration, a folder of its own, and the state of the program, and it gives the
-# state behind it. The state names the newest version and the one before it, the reward models, and the files with
-# comparisons and best answers so far. Most stages call the command of an earlier chapter, in this process or with
+# state behind it. The state names the newest model and those of the versions before, the reward models, and the files
+# with comparisons and best answers so far. Most stages call the command of an earlier chapter, in this process or with
 # torchrun.
 
 # %%
@@ -1465,11 +1463,12 @@ def annotated(items: dict[str, Sequence[dict]], folder: Path, source: str) -> di
 
 
 def collect_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
-    "A batch of comparisons of the newest two versions' answers (section 3.2.1)."
+    "A batch of comparisons of the answers of the newest two models (section 3.2.1)."
     number = len(state["batches"])
     prompts = draw(config, config.batch, number, folder, 0)
-    variants = tuple(dict.fromkeys([state["model"], state["previous"]]))
-    recipe = replace(config.pairs, models=variants, prompts=prompts, out=folder / "answers", seed=config.seed + number)
+    known = dict.fromkeys([state["model"], *reversed([config.model, *state["versions"]])])  # the newest first
+    variants, out = tuple(known)[:2], folder / "answers"
+    recipe = replace(config.pairs, models=variants, prompts=prompts, out=out, seed=config.seed + number)
     items = read_items(call(config, pairs, recipe))
     by_value = {value: [item for item in items if item["is_safety"] == (value == "safety")] for value in VALUES}
     for value, these in by_value.items():
@@ -1533,11 +1532,8 @@ def tune_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
     "Fine-tuning on the newest best answers. ValueError without any."
     if not state["best"]:
         raise ValueError("a stage 'tune' needs best answers: put 'reject' in front of it")
-    dialogs = read_dialogs(Path(state["best"][-1]))
-    dialogs += read_dialogs(config.demonstrations) if config.demonstrations else []
-    data = folder / "dialogs.jsonl"
-    write_atomic(data, "".join(json.dumps({"messages": dialog}, ensure_ascii=False) + "\n" for dialog in dialogs))
-    recipe = replace(config.sft, model=config.base or state["model"], data=data, out=folder, seed=config.seed)
+    model, data = config.base or state["model"], Path(state["best"][-1])
+    recipe = replace(config.sft, model=model, data=data, out=folder, seed=config.seed)
     return state | {"model": str(call(config, sft, recipe))}
 
 
@@ -1629,8 +1625,8 @@ def measure(config: RLHFConfig, version: int, state: dict):
 def record_program(config: RLHFConfig):
     "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
     path = config.out / "settings.json"
-    digest = hashlib.sha256(config.prompts.read_bytes()).hexdigest()
-    ours = json.loads(json.dumps(asdict(config) | {"launcher": "", "out": "", "prompts": digest}, default=str))
+    files = {name: hashlib.sha256(getattr(config, name).read_bytes()).hexdigest() for name in ("prompts", "held_out")}
+    ours = json.loads(json.dumps(asdict(config) | files | {"launcher": "", "out": ""}, default=str))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
         shorter, longer = sorted((found["versions"], ours["versions"]), key=len)
@@ -1647,7 +1643,7 @@ def run(config: RLHFConfig) -> Path:
     order that cannot work, and as of the stages; SystemExit while annotations are missing.
     """
     record_program(config)
-    state = {"model": config.model, "previous": config.model, "batches": [], "best": [], "versions": []}
+    state = {"model": config.model, "batches": [], "best": [], "versions": []}
     for version, names in enumerate(config.versions, 1):
         for place, name in enumerate(names.split(), 1):
             folder = config.out / f"V{version}" / f"{place}-{name}"
@@ -1656,8 +1652,7 @@ def run(config: RLHFConfig) -> Path:
                 print(f"V{version} {name}", flush=True)
                 write_atomic(done, json.dumps(STAGES[name](config, folder, state), indent=1) + "\n")
             state = json.loads(done.read_text("utf-8"))
-        newest = state["versions"][-1] if state["versions"] else config.model
-        state |= {"previous": newest, "versions": [*state["versions"], state["model"]]}
+        state["versions"].append(state["model"])
         if not (config.out / f"V{version}" / "metrics.json").exists():
             measure(config, version, state)
     return Path(state["model"])
@@ -1679,7 +1674,7 @@ def cli(prog: str = "python -m llama2lib.rlhf"):
 # The program, with the chat models of chapter 03 to begin with, and the judge of chapter 12 for annotators: comparisons
 # in batches of 1,500 prompts, of which a quarter are adversarial and tagged, some with turns before or instructions.
 # Every fine-tuning begins with the base model again. Before PPO new comparisons come in, of the answers of the model
-# that PPO begins with.
+# that PPO begins with. This chapter defines it and does not run it yet; a small program follows.
 
 # %%
 #| default_exp mini_rlhf

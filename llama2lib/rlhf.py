@@ -47,7 +47,6 @@ from llama2lib.annotate import export
 from llama2lib.chat import Reply, respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.desk import Desk, Study, read_items
-from llama2lib.dialog import read_dialogs
 from llama2lib.judge import scores
 from llama2lib.pairs import PAIRS, PairsConfig
 from llama2lib.ppo import PPO, PPOConfig
@@ -73,7 +72,6 @@ class RLHFConfig:
 
     model: str = "runs/sft/model"  # the chat model's folder to begin with, V0
     base: str | None = None  # the folder that every fine-tuning begins with; none: the version before
-    demonstrations: Path | None = None  # conversations to fine-tune on beside the best answers; none: these alone
     prompts: Path = Path("prompts.jsonl")  # conversations that end with the user, and is_safety
     held_out: Path = Path("held-out.jsonl")  # prompts on which every version is measured, and PPO stopped
     out: Path = Path("runs/rlhf")  # V1, V2 …, each with a folder for every stage, and what was measured
@@ -174,11 +172,12 @@ def annotated(items: dict[str, Sequence[dict]], folder: Path, source: str) -> di
 
 
 def collect_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
-    "A batch of comparisons of the newest two versions' answers (section 3.2.1)."
+    "A batch of comparisons of the answers of the newest two models (section 3.2.1)."
     number = len(state["batches"])
     prompts = draw(config, config.batch, number, folder, 0)
-    variants = tuple(dict.fromkeys([state["model"], state["previous"]]))
-    recipe = replace(config.pairs, models=variants, prompts=prompts, out=folder / "answers", seed=config.seed + number)
+    known = dict.fromkeys([state["model"], *reversed([config.model, *state["versions"]])])  # the newest first
+    variants, out = tuple(known)[:2], folder / "answers"
+    recipe = replace(config.pairs, models=variants, prompts=prompts, out=out, seed=config.seed + number)
     items = read_items(call(config, pairs, recipe))
     by_value = {value: [item for item in items if item["is_safety"] == (value == "safety")] for value in VALUES}
     for value, these in by_value.items():
@@ -242,11 +241,8 @@ def tune_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
     "Fine-tuning on the newest best answers. ValueError without any."
     if not state["best"]:
         raise ValueError("a stage 'tune' needs best answers: put 'reject' in front of it")
-    dialogs = read_dialogs(Path(state["best"][-1]))
-    dialogs += read_dialogs(config.demonstrations) if config.demonstrations else []
-    data = folder / "dialogs.jsonl"
-    write_atomic(data, "".join(json.dumps({"messages": dialog}, ensure_ascii=False) + "\n" for dialog in dialogs))
-    recipe = replace(config.sft, model=config.base or state["model"], data=data, out=folder, seed=config.seed)
+    model, data = config.base or state["model"], Path(state["best"][-1])
+    recipe = replace(config.sft, model=model, data=data, out=folder, seed=config.seed)
     return state | {"model": str(call(config, sft, recipe))}
 
 
@@ -331,8 +327,8 @@ def measure(config: RLHFConfig, version: int, state: dict):
 def record_program(config: RLHFConfig):
     "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
     path = config.out / "settings.json"
-    digest = hashlib.sha256(config.prompts.read_bytes()).hexdigest()
-    ours = json.loads(json.dumps(asdict(config) | {"launcher": "", "out": "", "prompts": digest}, default=str))
+    files = {name: hashlib.sha256(getattr(config, name).read_bytes()).hexdigest() for name in ("prompts", "held_out")}
+    ours = json.loads(json.dumps(asdict(config) | files | {"launcher": "", "out": ""}, default=str))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
         shorter, longer = sorted((found["versions"], ours["versions"]), key=len)
@@ -349,7 +345,7 @@ def run(config: RLHFConfig) -> Path:
     order that cannot work, and as of the stages; SystemExit while annotations are missing.
     """
     record_program(config)
-    state = {"model": config.model, "previous": config.model, "batches": [], "best": [], "versions": []}
+    state = {"model": config.model, "batches": [], "best": [], "versions": []}
     for version, names in enumerate(config.versions, 1):
         for place, name in enumerate(names.split(), 1):
             folder = config.out / f"V{version}" / f"{place}-{name}"
@@ -358,8 +354,7 @@ def run(config: RLHFConfig) -> Path:
                 print(f"V{version} {name}", flush=True)
                 write_atomic(done, json.dumps(STAGES[name](config, folder, state), indent=1) + "\n")
             state = json.loads(done.read_text("utf-8"))
-        newest = state["versions"][-1] if state["versions"] else config.model
-        state |= {"previous": newest, "versions": [*state["versions"], state["model"]]}
+        state["versions"].append(state["model"])
         if not (config.out / f"V{version}" / "metrics.json").exists():
             measure(config, version, state)
     return Path(state["model"])

@@ -1,6 +1,9 @@
-"""The mini world's prompts for the iterated program, and what later chapters read from it."""
+"""The mini world's prompts for the iterated program, the program, and what later chapters read from it."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -37,3 +40,23 @@ def test_the_state_behind_a_version_is_that_of_its_last_stage(tmp_path):
     assert state_of(config, 2, "reward")["model"] == 4 and state_of(config, 2, "tune")["model"] == 2
     with pytest.raises(ValueError):
         state_of(config, 3)
+
+
+RUN = """
+from llama2lib.mini_rlhf import program, state_of
+
+config = program(0)
+print("made", state_of(config, len(config.versions))["model"].split("/program/")[1], flush=True)
+assert program(0) == config
+"""
+
+
+def test_the_program_runs_once_at_the_smoke_scale():
+    found = os.environ | {"LLAMA2_SCALE": "smoke", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", RUN], capture_output=True, text=True, env=found)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    first, again = ran.stdout.split("made ")
+    stages = ["V1 collect", "V1 reward", "V1 reject", "V1 tune"]
+    stages += ["V2 collect", "V2 reward", "V2 bag", "V2 tune", "V2 ppo"]
+    assert [line for line in first.splitlines() if line.startswith("V")] == stages
+    assert again == "V2/5-ppo/model\n"  # nothing was made anew

@@ -50,20 +50,31 @@ def by_length(items, value, _, source):
     return rows
 
 
+def simulate(patch: pytest.MonkeyPatch):
+    "Annotators and gold scores for conversations that are not of the mini world."
+    patch.setattr(rlhf, "judged", by_length)
+    patch.setattr(rlhf, "scores", lambda dialogs, _: np.zeros((len(dialogs), 2)))
+
+
 @pytest.fixture
 def simulated(monkeypatch):
-    "Annotators and gold scores for conversations that are not of the mini world."
-    monkeypatch.setattr(rlhf, "judged", by_length)
-    monkeypatch.setattr(rlhf, "scores", lambda dialogs, _: np.zeros((len(dialogs), 2)))
+    simulate(monkeypatch)
+
+
+def small_program(place: Path, chat, tokenizer) -> RLHFConfig:
+    "SMALL, with its files in a folder."
+    save_checkpoint(chat, place / "chat", tokenizer)
+    write_prompts(place / "prompts.jsonl", NUMBER_PROMPTS)
+    write_prompts(place / "held-out.jsonl", NUMBER_PROMPTS[:4])
+    return replace(
+        SMALL, model=str(place / "chat"), prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl",
+        out=place / "program",
+    )  # fmt: skip
 
 
 @pytest.fixture
-def config(folders):
-    write_prompts(folders / "held-out.jsonl", NUMBER_PROMPTS[:4])
-    return replace(
-        SMALL, model=str(folders / "chat"), prompts=folders / "prompts.jsonl", held_out=folders / "held-out.jsonl",
-        out=folders / "program",
-    )  # fmt: skip
+def config(chat, tokenizer, tmp_path):
+    return small_program(tmp_path, chat, tokenizer)
 
 
 def contents(folder: Path) -> dict:
@@ -76,17 +87,9 @@ def contents(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def done(chat, tokenizer, tmp_path_factory):
     "A program of SMALL that nobody killed, and what it made."
-    place = tmp_path_factory.mktemp("program")
-    save_checkpoint(chat, place / "chat", tokenizer)
-    write_prompts(place / "prompts.jsonl", NUMBER_PROMPTS)
-    write_prompts(place / "held-out.jsonl", NUMBER_PROMPTS[:4])
-    config = replace(
-        SMALL, model=str(place / "chat"), prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl",
-        out=place / "program",
-    )  # fmt: skip
+    config = small_program(tmp_path_factory.mktemp("program"), chat, tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rlhf, "judged", by_length)
-        patch.setattr(rlhf, "scores", lambda dialogs, _: np.zeros((len(dialogs), 2)))
+        simulate(patch)
         run(config)
     return config, contents(config.out)
 
@@ -94,7 +97,7 @@ def done(chat, tokenizer, tmp_path_factory):
 def main(kept: str, stage: str, write: str):
     "A program that is killed at its n-th write to disk in a stage of V2."
     config = pickle.loads(Path(kept).read_bytes())
-    rlhf.judged, rlhf.scores = by_length, lambda dialogs, _: np.zeros((len(dialogs), 2))
+    simulate(pytest.MonkeyPatch())
     work, left, put = STAGES[stage], [int(write)], os.replace
 
     def replacing(*args):
@@ -168,6 +171,11 @@ def test_a_program_can_be_given_further_versions_but_no_other_settings(config, s
     made = contents(config.out)
     with pytest.raises(ValueError, match="batch 12, now 13"):
         run(replace(short, batch=13))
+    kept = config.held_out.read_bytes()
+    write_prompts(config.held_out, NUMBER_PROMPTS[:3])
+    with pytest.raises(ValueError, match="held_out"):
+        run(short)
+    config.held_out.write_bytes(kept)
     with pytest.raises(ValueError, match="versions"):
         run(replace(short, versions=("collect reward",)))
     assert run(replace(short, versions=(*short.versions, "collect"))) == folder  # a version of the same model
@@ -177,16 +185,32 @@ def test_a_program_can_be_given_further_versions_but_no_other_settings(config, s
         run(replace(short, versions=(*short.versions, "reject")))
 
 
-def test_every_fine_tuning_can_begin_with_the_base_model(config, simulated, monkeypatch, tmp_path):
+def test_every_fine_tuning_can_begin_with_the_base_model(config, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(rlhf, "call", lambda config, module, recipe: seen.append(recipe) or Path("made"))
-    (tmp_path / "best.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
-    (tmp_path / "more.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "b"}]}) + "\n")
-    state = {"model": "newest", "best": ["older", str(tmp_path / "best.jsonl")]}
+    state = {"model": "newest", "best": ["older", "newest.jsonl"]}
     assert STAGES["tune"](config, tmp_path, state)["model"] == "made"
-    STAGES["tune"](replace(config, base="base", demonstrations=tmp_path / "more.jsonl"), tmp_path, state)
-    assert [recipe.model for recipe in seen] == ["newest", "base"]
-    assert seen[1].data.read_text().count("messages") == 2
+    STAGES["tune"](replace(config, base="base"), tmp_path, state)
+    assert [(recipe.model, str(recipe.data)) for recipe in seen] == [
+        ("newest", "newest.jsonl"), ("base", "newest.jsonl")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "versions", "variants"), [
+    ("V0", [], ["V0"]),
+    ("V2", ["V1", "V2"], ["V2", "V1"]),
+    ("V3 tuned", ["V1", "V2"], ["V3 tuned", "V2"]),  # in the middle of a version
+    ("V1", ["V1", "V1"], ["V1", "V0"]),  # a version that only collected
+])  # fmt: skip
+def test_the_newest_two_models_are_compared(config, monkeypatch, tmp_path, model, versions, variants):
+    def call(_, module, recipe):
+        assert list(recipe.models) == variants
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(rlhf, "call", call)
+    state = {"model": model, "versions": versions, "batches": [], "best": []}
+    with pytest.raises(RuntimeError, match="seen"):
+        STAGES["collect"](replace(config, model="V0"), tmp_path, state)
 
 
 def test_stages_in_an_order_that_cannot_work_are_refused(config, simulated):
