@@ -1296,15 +1296,16 @@ for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "pa
 # | stage | does |
 # |---|---|
 # | `collect` | a batch of comparisons: two answers to each prompt, of the newest two models; annotators choose |
-# | `reward` | both reward models, from the first chat model, on all comparisons so far |
+# | `reward` | both reward models, from the newest model, on all comparisons so far |
 # | `reject` | the best of K answers of the newest model, at a temperature, or the best one of several |
 # | `bag` | the same, together with the best answers of all versions before |
 # | `tune` | fine-tuning on them |
 # | `ppo` | PPO on top |
 #
 # > Ours: the tag of a prompt decides what annotators compare, safety if it is set, else helpfulness. The reward models
-# > begin anew with the first chat model each time. Fine-tuning goes on from the version before, or with `--base` starts
-# > at the base model again; the paper can be read either way.
+# > begin anew each time, with the newest model, so that they know what the answers' writer knows (section 3.2.2).
+# > Fine-tuning goes on from the version before, or with `--base` starts at the base model again; the paper can be read
+# > either way.
 
 # %%
 #| default_exp rlhf
@@ -1500,7 +1501,7 @@ def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
     models = {}
     for value, mixture in mixtures.items():
         write_preferences(folder / f"{value}.jsonl", mixture)
-        recipe = replace(config.reward, model=config.model, data=folder / f"{value}.jsonl", out=folder / value)
+        recipe = replace(config.reward, model=state["model"], data=folder / f"{value}.jsonl", out=folder / value)
         recipe = replace(recipe, seed=config.seed, auxiliary=config.auxiliary if value == "safety" else 0.0)
         models[value] = str(call(config, reward, recipe))
     return state | models
@@ -1575,7 +1576,7 @@ RLHF = {
             "collect collect reward bag tune",
             "collect collect reward bag tune collect collect reward ppo",
         ),
-        batch=1500, best=1500, annotator="judge", mixed=False,
+        batch=1000, best=1000, annotator="judge", mixed=False,
         pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
         rejection=replace(REJECTION["mini"], temperature=0.5), sft=SFT["mini"],
         ppo=replace(PPO["mini"], iterations=24, beta=0.1, lr=1e-4, every=4),
@@ -1672,7 +1673,7 @@ def cli(prog: str = "python -m llama2lib.rlhf"):
 # ## On the mini world
 #
 # The program, with the chat models of chapter 03 to begin with, and the judge of chapter 12 for annotators: comparisons
-# in batches of 1,500 prompts, of which a quarter are adversarial and tagged, some with turns before or instructions.
+# in batches of 1,000 prompts, of which a quarter are adversarial and tagged, some with turns before or instructions.
 # Every fine-tuning begins with the base model again. Before PPO new comparisons come in, of the answers of the model
 # that PPO begins with. This chapter defines it and does not run it yet; a small program follows.
 

@@ -209,7 +209,7 @@ def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
     models = {}
     for value, mixture in mixtures.items():
         write_preferences(folder / f"{value}.jsonl", mixture)
-        recipe = replace(config.reward, model=config.model, data=folder / f"{value}.jsonl", out=folder / value)
+        recipe = replace(config.reward, model=state["model"], data=folder / f"{value}.jsonl", out=folder / value)
         recipe = replace(recipe, seed=config.seed, auxiliary=config.auxiliary if value == "safety" else 0.0)
         models[value] = str(call(config, reward, recipe))
     return state | models
@@ -277,7 +277,7 @@ RLHF = {
             "collect collect reward bag tune",
             "collect collect reward bag tune collect collect reward ppo",
         ),
-        batch=1500, best=1500, annotator="judge", mixed=False,
+        batch=1000, best=1000, annotator="judge", mixed=False,
         pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
         rejection=replace(REJECTION["mini"], temperature=0.5), sft=SFT["mini"],
         ppo=replace(PPO["mini"], iterations=24, beta=0.1, lr=1e-4, every=4),

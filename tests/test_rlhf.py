@@ -196,6 +196,14 @@ def test_every_fine_tuning_can_begin_with_the_base_model(config, monkeypatch, tm
     ]  # fmt: skip
 
 
+def test_reward_models_begin_with_the_newest_model(done, config, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(rlhf, "call", lambda config, module, recipe: seen.append(recipe) or Path("made"))
+    batches = [str(done[0].out / "V1" / "1-collect")]
+    STAGES["reward"](config, tmp_path, {"model": "newest", "batches": batches})
+    assert [(recipe.model, recipe.out.name) for recipe in seen] == [("newest", "helpfulness"), ("newest", "safety")]
+
+
 @pytest.mark.parametrize(("model", "versions", "variants"), [
     ("V0", [], ["V0"]),
     ("V2", ["V1", "V2"], ["V2", "V1"]),
