@@ -1450,7 +1450,7 @@ from llama2lib.distributed import (
     processes,
     training_tensors,
 )
-from llama2lib.formats import is_reward_model, without_memory
+from llama2lib.formats import without_memory
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw, cosine_lr
 from llama2lib.recipes import write_atomic
@@ -1751,6 +1751,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -1808,8 +1809,11 @@ def processes() -> Iterator[torch.device]:
         yield device
         failed = False
     finally:
-        if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if dist.is_initialized() and not (failed and several):
             dist.destroy_process_group()
+            if several and not cuda:
+                time.sleep(0.5)  # a thread of gloo that frees its last tensors after Python's end aborts the process
 
 
 @dataclass(frozen=True)
@@ -2236,27 +2240,38 @@ MAY_CHANGE = ("data", "tokenizer", "out", "micro_batch", "parallel", "save_every
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bfloat16, from NVIDIA's data sheets
 
 
+def is_reward_folder(path: str | os.PathLike) -> bool:
+    "Whether a folder holds a reward model, by the architectures in its config.json."
+    try:
+        fields = json.loads((Path(path).expanduser() / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # `read_tensors` says what is wrong with it
+    return isinstance(fields, dict) and "SequenceClassification" in str(fields.get("architectures"))
+
+
 def fresh_or_loaded(
     config: PretrainConfig, vocab_size: int, device: torch.device, load: bool, kind: type[Llama] = Llama
 ) -> Llama:
     """The model of a run, divided over the ranks; its weights are undefined without `load`.
 
     A size of LLAMA2 gets the data's vocabulary and new weights; ValueError for a checkpoint that the run does not fit.
-    A reward model, as `kind`, begins with a language model's weights and a new score.
+    A reward model, as `kind`, goes on from a reward model, or begins with a language model's weights and a new score.
     """
-    if config.model in LLAMA2:
+    fresh, holds = config.model in LLAMA2, Llama
+    if fresh:
         shape = replace(LLAMA2[config.model], vocab_size=vocab_size, max_seq_len=config.max_seq_len)
     else:
-        shape, _, pieces = read_tensors(config.model)
+        holds = kind if is_reward_folder(config.model) else Llama
+        shape, _, pieces = read_tensors(config.model, holds)
         if shape.vocab_size != vocab_size or shape.max_seq_len < config.max_seq_len:
             found = f"vocab_size {shape.vocab_size}, max_seq_len {shape.max_seq_len}"
             raise ValueError(f"{config.model}: {found}; the run has {vocab_size} and {config.max_seq_len}")
     model = without_memory(shape, kind)
     compute = torch.bfloat16 if device.type == "cuda" else None
     parallelize(model, make_mesh(config.parallel, device.type), config.parallel, compute).to_empty(device=device)
-    if load and (config.model in LLAMA2 or is_reward_model(model)):
+    if load and (fresh or holds is not kind):
         init_weights(model, config.seed)
-    if load and config.model not in LLAMA2:
+    if load and not fresh:
         names = dict(model.named_parameters())
         copy_weights(model, (piece for piece in pieces if piece[0] in names))
     return model

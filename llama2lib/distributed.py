@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -80,8 +81,11 @@ def processes() -> Iterator[torch.device]:
         yield device
         failed = False
     finally:
-        if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if dist.is_initialized() and not (failed and several):
             dist.destroy_process_group()
+            if several and not cuda:
+                time.sleep(0.5)  # a thread of gloo that frees its last tensors after Python's end aborts the process
 
 
 @dataclass(frozen=True)
