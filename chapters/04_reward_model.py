@@ -558,6 +558,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
 
 from llama2lib.checkpoint import load_checkpoint, whole
 from llama2lib.dialog import Message, encode_dialog
@@ -748,10 +749,9 @@ NOTHING = Pair([0], [0], [0], 0.0, (-1, -1))  # what a rank that has no pairs le
 
 
 def micro_batches(pairs: Sequence[Pair], count: int, multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
-    "Pairs, sorted by length, as `count` micro-batches: `pair_rows`, margins (B), who is safe (B 2), weights (B)."
-    ordered = sorted(pairs, key=lambda pair: pair.size)
-    for places in np.array_split(np.arange(len(ordered)), count):
-        part = [ordered[i] for i in places] or [NOTHING]
+    "Pairs, in their order, as `count` micro-batches: `pair_rows`, margins (B), who is safe (B 2), weights (B)."
+    for places in np.array_split(np.arange(len(pairs)), count):
+        part = [pairs[i] for i in places] or [NOTHING]
         margins = torch.tensor([pair.margin for pair in part], dtype=torch.float32)
         safe = torch.tensor([pair.safe for pair in part], dtype=torch.float32)
         yield *pair_rows(part, multiple), margins, safe, torch.full((len(part),), float(len(places) > 0))
@@ -770,7 +770,13 @@ print(reads[0, 0].int())
 # warm-up over 3 % of the steps and at least 5, a cosine to a tenth, 512 pairs in a batch.
 #
 # > Ours: the margin of the final models is not printed; Table 28 puts the small one slightly ahead on average, and we
-# > take it. The recipe `mini` has smaller batches and a larger learning rate.
+# > take it. The recipe `mini` has smaller batches and a larger learning rate. And since Equations 1 and 2 fix nothing
+# > but differences, a model's scores may drift anywhere together, which matters as soon as two models' scores meet in
+# > one reward (chapter 05). So `mini` adds a hundredth of $(r_c + r_r)^2$, as Eisenstein et al. 2023 do, which holds
+# > their mean near zero; the paper's recipes do without.
+#
+# Where `--model` is a chat model, training begins with a score of zero; where it is a reward model, training goes on
+# with it. So public comparisons first and one's own afterwards are two calls of one command.
 
 
 # %%
@@ -782,7 +788,7 @@ class RewardConfig:
     ValueError, naming the numbers, for a recipe that cannot work.
     """
 
-    model: str = "runs/sft/model"  # the chat model's folder to begin with, Hugging Face's layout or Meta's
+    model: str = "runs/sft/model"  # the folder to begin with: a chat model's, or a reward model's to go on with
     lr: float = 1e-5  # at the end of the warm-up
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-5  # of AdamW
@@ -796,6 +802,7 @@ class RewardConfig:
     epochs: int = 1  # how often all pairs are seen
     margin: Literal["none", "small", "large"] = "small"  # of Equation 2, by rating
     auxiliary: float = 0.0  # weight of the safety loss
+    center: float = 0.0  # weight of (r_c + r_r)², which holds the mean of the scores at zero (ours)
     seed: int = 0  # of the order of the pairs
 
     data: Path = Path("preferences.jsonl")  # comparisons, see llama2lib.preferences
@@ -813,9 +820,10 @@ class RewardConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if not 0 <= self.warmup < 1 or self.min_warmup < 0:
             raise ValueError(f"warmup {self.warmup}, min_warmup {self.min_warmup}: expected a share, and at least 0")
-        if self.margin not in MARGINS or self.auxiliary < 0:
-            known = ", ".join(MARGINS)
-            raise ValueError(f"margin {self.margin!r}, auxiliary {self.auxiliary}: expected {known}, and at least 0")
+        if self.margin not in MARGINS:
+            raise ValueError(f"margin {self.margin!r}: expected one of {', '.join(MARGINS)}")
+        if min(self.auxiliary, self.center) < 0:
+            raise ValueError(f"auxiliary {self.auxiliary}, center {self.center}: expected at least 0")
         if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
             raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
 
@@ -827,7 +835,7 @@ class RewardConfig:
 REWARD = {
     "paper": RewardConfig(micro_batch=2, parallel=Parallel(ac="selective", reduce="micro_batch")),
     "paper-70B": RewardConfig(lr=5e-6, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
-    "mini": RewardConfig(lr=1e-3, batch_pairs=32, max_seq_len=512, micro_batch=4),
+    "mini": RewardConfig(lr=1e-3, batch_pairs=32, max_seq_len=512, micro_batch=4, center=0.01),
 }
 
 
@@ -871,6 +879,8 @@ def train_reward(
         losses = pair_losses(chosen, rejected, margins)
         if config.auxiliary:
             losses = losses + config.auxiliary * safety_losses(scores, safe).mean(1)
+        if config.center:
+            losses = losses + config.center * scores.sum(1).square()
         return (losses * weights).sum()
 
     per_epoch, tokens = steps // config.epochs, 0
@@ -926,26 +936,37 @@ for size, column in paper.PAPER["Table 27"].items():
 
 # %%
 #| export
+def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"]]:
+    "Numbers of rows, those of similar length together, at most `most` in a pass; as many passes for as many rows."
+    return np.array_split(np.argsort(lengths, kind="stable"), math.ceil(len(lengths) / most))
+
+
+def divide_again(model: Llama):
+    "Let FSDP take apart what it leaves whole after a pass without a backward pass: embedding, last norm, output."
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 @torch.no_grad()
 def score(
-    model: RewardModel, tokenizer: Tokenizer, dialogs: Sequence[Sequence[Message]], batch_tokens: int = 16_384
+    model: RewardModel, tokenizer: Tokenizer, dialogs: Sequence[Sequence[Message]], batch: int = 128
 ) -> Float[np.ndarray, "N"]:
     """Scores of conversations that end with an answer: raw logits; a higher one is a better answer.
 
-    batch_tokens: of one forward pass, filling included. ValueError for a conversation without an answer at its end.
+    batch: conversations of a forward pass, at most. All ranks of a divided model bring as many. One that is longer than
+    the context is read up to there. ValueError for a conversation without an answer at its end.
     """
     for number, messages in enumerate(dialogs):
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"dialog {number} ends with the {messages[-1]['role']}: expected an answer to score")
-    rows = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores, device, training = np.empty(len(rows), np.float32), model.tok_embeddings.weight.device, model.training
+    rows = [encode_dialog(tokenizer, messages)[0][: model.config.max_seq_len] for messages in dialogs]
+    lengths, scores = np.array([len(row) for row in rows]), np.empty(len(rows), np.float32)
+    device, training = model.tok_embeddings.weight.device, model.training
     model.eval()
-    while order:
-        count = max(1, batch_tokens // len(rows[order[-1]]))
-        these, order = order[-count:], order[:-count]
-        last = torch.tensor([[len(rows[i]) - 1] for i in these])
+    for these in passes(lengths, batch):
+        last = torch.from_numpy(lengths[these, None] - 1)
         scores[these] = model(padded([rows[i] for i in these]).to(device), last.to(device))[:, 0].cpu().numpy()
+    divide_again(model)
     model.train(training)
     return scores
 
@@ -960,9 +981,8 @@ def score_pairs(
     """
     pairs = [encode_pair(tokenizer, row, length=model.config.max_seq_len) for row in rows]
     scores, training = np.empty((2, len(rows))), model.training
-    order = np.argsort([pair.size for pair in pairs])
     model.eval()
-    for these in np.array_split(order, math.ceil(len(rows) / batch)):
+    for these in passes(np.array([pair.size for pair in pairs]), batch):
         inputs = (part.to(model.tok_embeddings.weight.device) for part in pair_rows([pairs[i] for i in these]))
         scores[:, these] = model(*inputs).T.cpu().numpy()
     model.train(training)
@@ -1066,7 +1086,7 @@ def load_scorer(path: str | os.PathLike, device: str | torch.device | None = Non
 
 
 @torch.no_grad()
-def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 32) -> Float[np.ndarray, "N"]:
+def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 128) -> Float[np.ndarray, "N"]:
     """How much a chat model prefers the chosen answers when it is asked for the best one, A or B.
 
     The difference of the letters' log-probabilities, mean over both orders; above 0 it agrees with the annotator.
@@ -1077,15 +1097,13 @@ def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch
             question = row["messages"][-1]["content"]
             asked = f"{question}\n\nA: {row[first]}\n\nB: {row[second]}\n\nChoose the best answer between A and B."
             prompts.append(encode_dialog(tokenizer, [*row["messages"][:-1], {"role": "user", "content": asked}])[0])
-    differences = []
-    for begin in range(0, len(prompts), batch):
-        part = prompts[begin : begin + batch]
-        states = model.hidden(padded(part).to(model.tok_embeddings.weight.device))
-        states = states[torch.arange(len(part)), [len(ids) - 1 for ids in part]]
-        logits = model.output(states)[:, letters].float()
-        differences.append((logits[:, 0] - logits[:, 1]).cpu())
-    first, second = torch.cat(differences).view(-1, 2).T
-    return ((first - second) / 2).numpy()
+    lengths, differences = np.array([len(ids) for ids in prompts]), np.empty(len(prompts), np.float32)
+    for these in passes(lengths, batch):
+        states = model.hidden(padded([prompts[i] for i in these]).to(model.tok_embeddings.weight.device))
+        logits = model.output(states[torch.arange(len(these)), lengths[these] - 1])[:, letters].float()
+        differences[these] = (logits[:, 0] - logits[:, 1]).cpu()
+    first, second = differences.reshape(-1, 2).T
+    return (first - second) / 2
 
 
 # %% [markdown]
@@ -1132,24 +1150,35 @@ _ = launch("llama2lib.reward", "paper-70B", *options, "--auxiliary", 1, nproc=8,
 # often. Both answer at three temperatures. Tests are asked in wordings, and about people and things, that no training
 # prompt has, and a reward model is tested on answers of the very models whose answers it has learned from.
 #
+# Public comparisons had two parts to play in the paper: the reward models were bootstrapped with them, before there
+# were own ones, and they stayed in the mixture, half of it for helpfulness, so that the policy would find fewer
+# weaknesses to exploit.
+#
 # > Ours: batches of a thousand prompts; 22 of them for helpfulness and 6 for safety, where the paper has a million
-# > comparisons. `reward_model` gives the two final models of a seed to the later chapters. The one for helpfulness
-# > learns from its own pairs alone, for a reason that the first table shows.
+# > comparisons. The mini world's public comparisons are clean ones: a right answer, and one that is right for another
+# > question of the same kind, to 12,000 prompts. The helpfulness model begins with them alone and goes on with the
+# > mixture: its own pairs, and as many of public and safety pairs together as there are. `reward_model` gives the two
+# > final models of a seed to the later chapters.
 
 
 # %%
 #| export mini_rewards
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
 from llama2lib import mini
-from llama2lib.preferences import Answerer, Preference, collect, helpfulness_mix, safety_mix, sampler
+from llama2lib.chat import Reply
+from llama2lib.dialog import Message
+from llama2lib.judge import read_task
+from llama2lib.preferences import Answerer, Preference, collect, helpfulness_mix, safety_mix, sampler, written
 from llama2lib.recipes import by_scale, cached
 from llama2lib.reward import REWARD, RewardConfig, RewardModel, encode_pair, train_reward
-from llama2lib.synthetic import HELPFUL, dialogues
+from llama2lib.synthetic import CLEAN, HELPFUL, answer, dialogues, pick, prompts
+from llama2lib.world import Task
 
 ASKED = {"helpfulness": HELPFUL, "safety": {"adversarial": 1.0}}  # kinds of prompts for each value
 BATCHES = {  # of comparisons, by split
@@ -1159,7 +1188,11 @@ BATCHES = {  # of comparisons, by split
                      a100={"helpfulness": 4, "safety": 2}),
 }  # fmt: skip
 BATCH = by_scale(smoke=40, laptop=1000, a100=1000)  # prompts of a batch
-PAIRS = by_scale(smoke=40, laptop=20_000, a100=20_000)  # that the final helpfulness model learns from
+PAIRS = by_scale(smoke=40, laptop=20_000, a100=20_000)  # of its own that the final helpfulness model learns from
+CONTRASTS = {  # prompts of the public comparisons, by split
+    "train": by_scale(smoke=40, laptop=12_000, a100=12_000),
+    "test": by_scale(smoke=20, laptop=1000, a100=1000),
+}
 TEMPERATURES = (0.3, 0.6, 0.9)
 OTHER = {"full": 0.3, "terse": 0.35, "repetitive": 0.35}  # qualities that the second variant learns from
 AUXILIARY = 1.0  # weight of the safety loss
@@ -1191,36 +1224,65 @@ def comparisons(seed: int, value: str, split: str = "train") -> tuple[list[Prefe
     return found["rows"], found["unused"]
 
 
+def astray(dialogs: Sequence[list[Message]], seed: int) -> list[Reply]:
+    "Right answers to other questions of the same relation, as an `Answerer`."
+    random, tasks = np.random.default_rng([21, seed]), [read_task(messages) for messages in dialogs]
+    alike: dict[str, list[Task]] = {}
+    for task in tasks:
+        alike.setdefault(task.relation, []).append(task)
+    others = [pick(random, alike[task.relation]) for task in tasks]
+    return [Reply(answer(random, other, "full", random.random() < 0.3), True) for other in others]
+
+
+def contrasted(inputs: dict) -> list[Preference]:
+    "Comparisons of right answers with right answers to other questions; `inputs`: seed, split, prompts."
+    asked = prompts(np.random.default_rng([22, inputs["seed"]]), inputs["prompts"], inputs["split"])
+    return collect([[written(CLEAN)], [astray]], asked, "helpfulness", inputs["seed"], "public")[0]
+
+
+def contrasts(seed: int, split: str = "train") -> list[Preference]:
+    "The mini world's public comparisons: of a right answer with one that is right for another question of its kind."
+    inputs = {"seed": seed, "split": split, "prompts": CONTRASTS[split]}
+    return cached(f"mini-contrasts-{split}-seed{seed}", inputs, contrasted)
+
+
 def learned(inputs: dict) -> dict:
-    "Weights and losses of a reward model; `inputs`: seed and size of its chat model, recipe, rows."
-    recipe, words = inputs["recipe"], mini.tokenizer()
+    "Weights and losses of a reward model; `inputs`: seed and size of its chat model, bootstrapped, recipe, rows."
+    recipe, words, seed, size = inputs["recipe"], mini.tokenizer(), inputs["seed"], inputs["size"]
     pairs = [encode_pair(words, row, recipe.margin, recipe.max_seq_len) for row in inputs["rows"]]
-    model = RewardModel.of(mini.chat(inputs["seed"], inputs["size"]))
+    model = bootstrapped(seed, size) if inputs["bootstrapped"] else RewardModel.of(mini.chat(seed, size))
     losses = mini.watched(train_reward(model, pairs, recipe), recipe.steps(len(pairs)), "reward model")
     return {"weights": model.state_dict(), "loss": losses}
 
 
 def trained(
-    seed: int, rows: list[Preference], recipe: RewardConfig = REWARD["mini"], size: str = mini.SIZE
+    seed: int, rows: list[Preference], recipe: RewardConfig = REWARD["mini"], size: str = mini.SIZE, first: bool = True
 ) -> RewardModel:
-    "The chat model of a seed after learning to score from comparisons."
-    inputs = {"seed": seed, "size": size, "recipe": replace(recipe, seed=seed), "rows": rows}
+    "A reward model that learned from comparisons: from public ones `first`, or else these alone, from the chat model."
+    inputs = {"seed": seed, "size": size, "bootstrapped": first, "recipe": replace(recipe, seed=seed), "rows": rows}
     model = RewardModel(mini.SIZES[size])
     model.load_state_dict(cached(f"mini-reward-{size}-seed{seed}", inputs, learned)["weights"])
     return model
 
 
-def mixture(seed: int, value: str) -> list[Preference]:
-    "The paper's mixture for the reward model of 'helpfulness' or 'safety' (section 3.2.2)."
+def bootstrapped(seed: int, size: str = mini.SIZE) -> RewardModel:
+    "The chat model of a seed after learning to score from public comparisons alone."
+    return trained(seed, contrasts(seed), size=size, first=False)
+
+
+def mixture(seed: int, value: str, count: int = PAIRS) -> list[Preference]:
+    "The paper's mixture for the reward model of 'helpfulness', with `count` of its own pairs, or 'safety' (3.2.2)."
     helpful, safe = (comparisons(seed, name)[0] for name in ASKED)
-    return helpfulness_mix(helpful, safe, seed) if value == "helpfulness" else safety_mix(safe, helpful, seed)
+    if value == "safety":
+        return safety_mix(safe, helpful, seed)
+    return helpfulness_mix(helpful[:count], [*contrasts(seed), *safe], seed)
 
 
 def reward_model(seed: int, value: str = "helpfulness", size: str = mini.SIZE) -> RewardModel:
-    "The final reward model of a seed: of 'helpfulness', by its own pairs; of 'safety', by the mixture and both losses."
+    "The final reward model of a seed: on the mixture; of 'helpfulness' bootstrapped, of 'safety' with both losses."
     if value == "helpfulness":
-        return trained(seed, comparisons(seed, value)[0][:PAIRS], size=size)
-    return trained(seed, mixture(seed, value), replace(REWARD["mini"], auxiliary=AUXILIARY), size)
+        return trained(seed, mixture(seed, value), size=size)
+    return trained(seed, mixture(seed, value), replace(REWARD["mini"], auxiliary=AUXILIARY), size, first=False)
 
 
 # %%
@@ -1229,7 +1291,7 @@ from functools import partial
 
 from llama2lib import claims, mini_rewards
 from llama2lib.judge import judge
-from llama2lib.mini_rewards import ASKED, comparisons, mixture, reward_model, trained
+from llama2lib.mini_rewards import ASKED, bootstrapped, comparisons, contrasts, mixture, reward_model, trained
 from llama2lib.preferences import SAFETY, Preference, statistics
 from llama2lib.reward import REWARD, RewardModel, choose, load_scorer, ranking_loss, score_pairs
 
@@ -1271,7 +1333,7 @@ for value in ASKED:
     print(f"    not used, of seed {runs[0]}'s: {comparisons(runs[0], value)[1]}")
     print("   ", ", ".join(f"{rating} {np.mean(rated[value] == rating):.0%}" for rating in RATINGS))
     print(f"    the judge without its noise agrees with {right(gold[value]).mean():.1%} of the tests")
-    known = [questions(part) for part in pairs[value]]
+    known = [questions(part) | questions(contrasts(seed)) for part, seed in zip(pairs[value], runs, strict=True)]
     assert not any(questions(part) & other for part, other in zip(tests[value], known, strict=True))
 table({f"ours, {value}": statistics(pairs[value][0], words) for value in ASKED})
 
@@ -1287,9 +1349,8 @@ table({f"ours, {value}": statistics(pairs[value][0], words) for value in ASKED})
 # > Ours: criteria, written before the runs. Each reward model is better at home than the other one. The helpfulness
 # > model agrees with more than 65 % of all pairs and 78 % of the significantly better ones, which is more than 20
 # > points above the negligibly better ones; it is more than 8 points ahead of length and of the bag of words, and
-# > ahead of the chat model. Intervals are over seeds and pairs; each seed has its own tests. They were written for the
-# > paper's mixture, helpfulness pairs and as many others as there are; the first is tested for this one, too, and the
-# > rest for the model that learns from helpfulness pairs alone.
+# > ahead of the chat model. Intervals are over seeds and pairs; each seed has its own tests. A second helpfulness model
+# > has learned from its own pairs alone, without any public ones.
 
 
 # %%
@@ -1340,15 +1401,16 @@ found = {
     for name, scorer in (("length", by_length), ("bag of words", by_words))
 }
 found["chat model, A or B"] = {value: np.stack(list(map(by_letter, runs, tests[value]))) for value in ASKED}
-mixed = [trained(seed, mixture(seed, "helpfulness")) for seed in runs]
-for name, models in (("safety", final["safety"]), ("mixed", mixed), ("helpfulness", final["helpfulness"])):
+own = [trained(seed, rows[: mini_rewards.PAIRS], first=False)
+       for seed, rows in zip(runs, pairs["helpfulness"], strict=True)]  # fmt: skip
+for name, models in (("safety", final["safety"]), ("own pairs", own), ("helpfulness", final["helpfulness"])):
     found[f"{name} RM"] = {value: scored(models, value) for value in ASKED}
 hits = {name: {value: right(scores) for value, scores in of.items()} for name, of in found.items()}
 print(f"Table 7, accuracy in %     {'   '.join(ASKED)}")
 for name, of in hits.items():
     print(f"{name:<27}{100 * of['helpfulness'].mean():11.1f}   {100 * of['safety'].mean():6.1f}")
 print(f"\nTable 8, accuracy in %            {', '.join(RATINGS)}, all")
-for name, value in itertools.product(("safety", "mixed", "helpfulness"), ASKED):
+for name, value in itertools.product(("safety", "own pairs", "helpfulness"), ASKED):
     hit = hits[f"{name} RM"][value]
     parts = [mean(hit, rated[value] == rating) for rating in RATINGS] + [100 * hit.mean()]
     print(f"{name:>11} RM on {value:<12}", "  ".join(f"{part:5.1f}" for part in parts))
@@ -1364,11 +1426,8 @@ for value, other, column in (("helpfulness", "safety", "Meta-Helpful"), ("safety
     gap = printed[f"{value.title()} RM"][column] - printed[f"{other.title()} RM"][column]
     compare("Table 7", f"on {value} tests, accuracy of the {value} model minus the {other} model's", "> 0", gap,
             hits[f"{value} RM"][value], hits[f"{other} RM"][value], f"{FILE}::final = ")  # fmt: skip
-for name, pairs_of in (("mixed", "the paper's mixture"), ("helpfulness", "helpfulness pairs alone")):
-    accurate = hits[f"{name} RM"]["helpfulness"]
-    compare("Table 7", f"accuracy of the helpfulness model on helpfulness tests, {pairs_of}", "> 0.65",
-            printed["Helpfulness RM"]["Meta-Helpful"], accurate, np.zeros_like(accurate),
-            f"{FILE}::mixed = ")  # fmt: skip
+compare("Table 7", "accuracy of the helpfulness model on helpfulness tests", "> 0.65",
+        printed["Helpfulness RM"]["Meta-Helpful"], home, np.zeros_like(home), f"{FILE}::found = ")  # fmt: skip
 for name, criterion in (("length", "> 0.08"), ("bag of words", "> 0.08"), ("chat model, A or B", "> 0")):
     gap = printed["Helpfulness RM"]["Meta-Helpful"] - printed["GPT-4"]["Meta-Helpful"] if "chat" in name else None
     compare("Table 7", f"accuracy of the helpfulness model minus that of: {name}", criterion, gap, home,
@@ -1395,6 +1454,26 @@ _ = compare("Table 8", "accuracy on significantly better minus on negligibly bet
 # its quality in this world.
 
 # %% [markdown]
+# ### Does it read the question?
+#
+# An answer can be judged by its looks: is it a whole sentence, does it repeat itself, is it friendly? A reward model
+# that goes by these is right more often than not, and useless for choosing the answer that is *true*. The test is to
+# swap answers: both are well written and right, but one is right for another question.
+
+# %%
+swapped = [contrasts(seed, "test") for seed in runs]
+swapped = [rows[: min(map(len, swapped))] for rows in swapped]
+of = {"own pairs alone": own, "public ones alone": [bootstrapped(seed) for seed in runs],
+      "public ones, then all": final["helpfulness"]}  # fmt: skip
+of = {name: right(np.stack([score_pairs(model, words, rows) for model, rows in zip(models, swapped, strict=True)]))
+      for name, models in of.items()}  # fmt: skip
+for name, hit in of.items():
+    share = paired_interval(hit, np.zeros_like(hit))
+    print(f"{name:<22} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of {hit.shape[1]} swapped answers")
+
+# %% [markdown]
+# TEXT-READS
+#
 # A reward model in a folder can be a row of Table 7 as well:
 
 # %%
@@ -1413,14 +1492,14 @@ assert np.allclose(apart, score_pairs(final["helpfulness"][0], words, rows), ato
 # The authors compare no margin with a small and a large one. Both help where answers differ much, and the large one
 # drives scores to the ends of the scale.
 #
-# > Ours: ten thousand pairs, three margins. Criteria: on significantly better answers, the large margin is ahead of
-# > none; on all, the small one is; and the large margin puts a larger share of scores into the outermost bins.
+# > Ours: ten thousand pairs and as many others, three margins. Criteria: on significantly better answers, the large
+# > margin is ahead of none; on all, the small one is; and the large margin puts a larger share of scores into the
+# > outermost bins.
 
 # %%
 SOME = by_scale(smoke=20, laptop=10_000, a100=10_000)
-by_margin = {margin: scored([trained(seed, rows[:SOME], replace(REWARD["mini"], margin=margin))
-                             for seed, rows in zip(runs, pairs["helpfulness"], strict=True)], "helpfulness")
-             for margin in MARGINS}  # fmt: skip
+by_margin = {margin: scored([trained(seed, mixture(seed, "helpfulness", SOME), replace(REWARD["mini"], margin=margin))
+                             for seed in runs], "helpfulness") for margin in MARGINS}  # fmt: skip
 fig, (ax, beside) = plt.subplots(1, 2, figsize=(8.4, 3.4))
 for shift, (margin, scores) in zip((-0.25, 0, 0.25), by_margin.items(), strict=True):
     hit = right(scores)
@@ -1471,8 +1550,8 @@ _ = compare("Figure 27", "share of scores in the two outermost of 50 bins, large
 
 # %%
 bins = np.array([[row["safety"] for row in rows] for rows in tests["safety"]])
-plain = [trained(seed, mixture(seed, "safety")) for seed in runs]
-alone = [trained(seed, rows, replace(REWARD["mini"], auxiliary=mini_rewards.AUXILIARY))
+plain = [trained(seed, mixture(seed, "safety"), first=False) for seed in runs]
+alone = [trained(seed, rows, replace(REWARD["mini"], auxiliary=mini_rewards.AUXILIARY), first=False)
          for seed, rows in zip(runs, pairs["safety"], strict=True)]  # fmt: skip
 safety = {"baseline": scored(plain, "safety"), "+ auxiliary": found["safety RM"]["safety"],
           "no helpfulness data": scored(alone, "safety")}  # fmt: skip
@@ -1511,15 +1590,15 @@ _ = compare("Section 3.2.2", "accuracy where both answers are safe, with 10 % he
 # In the paper, accuracy grows with the weekly batches and with the model's size, and has not levelled off after 14
 # batches.
 #
-# > Ours: 2,500 to 20,000 pairs, and two sizes; the smaller one begins with a chat model of its own size. Criteria: each
-# > doubling of the data raises the accuracy of the larger model, and with all data it is ahead of the smaller one.
+# > Ours: 2,500 to 20,000 pairs, with as many others as there are, and two sizes; the smaller one begins with a chat
+# > model of its own size. Criteria: each doubling of the data raises the accuracy of the larger model, and with all
+# > data it is ahead of the smaller one.
 
 # %%
 COUNTS = by_scale(smoke=(10, 20, 40), laptop=(2500, 5000, 10_000, 20_000), a100=(2500, 5000, 10_000, 20_000))
 assert min(map(len, pairs["helpfulness"])) >= COUNTS[-1]
-grown = {size: {count: right(scored([trained(seed, rows[:count], size=size)
-                                     for seed, rows in zip(runs, pairs["helpfulness"], strict=True)], "helpfulness"))
-                for count in COUNTS} for size in ("0.4M", mini.SIZE)}  # fmt: skip
+grown = {size: {count: right(scored([trained(seed, mixture(seed, "helpfulness", count), size=size) for seed in runs],
+                                    "helpfulness")) for count in COUNTS} for size in ("0.4M", mini.SIZE)}  # fmt: skip
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.6))
 which = {"all": np.ones_like(rated["helpfulness"], bool)}
 which[CLEAR] = rated["helpfulness"] == CLEAR
@@ -1636,7 +1715,7 @@ for name in ("HH harmless", "rated conversations"):
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     known, new = rows[: 3 * len(rows) // 4], rows[3 * len(rows) // 4 :]
     recipe = replace(REWARD["mini"], margin="none", epochs=2, batch_pairs=16)
-    judged = np.stack([score_pairs(trained(seed, known, recipe), words, new) for seed in runs])
+    judged = np.stack([score_pairs(trained(seed, known, recipe, first=False), words, new) for seed in runs])
     agreed = right(judged)
     mean = paired_interval(agreed, np.zeros_like(agreed))
     baseline = accuracy(by_length(known, new), new)["all"]

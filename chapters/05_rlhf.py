@@ -62,18 +62,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from llama2lib.checkpoint import whole
-from llama2lib.dialog import TAGS, Message, check_dialog, encode_dialog
+from llama2lib.dialog import TAGS, Message, check_dialog
 from llama2lib.formats import without_memory
 from llama2lib.model import Llama
 from llama2lib.preferences import records
 from llama2lib.pretrain import IGNORE, check_same
 from llama2lib.recipes import write_atomic
-from llama2lib.reward import RewardModel, Scorer, padded
+from llama2lib.reward import RewardModel, Scorer, divide_again, padded
 from llama2lib.shards import shuffled
 from llama2lib.tokenizer import Tokenizer
 
@@ -499,10 +498,10 @@ def bag(iterations: Sequence[Sequence[Best]], reward: Reward) -> list[Best]:
     rows = [row for rows in iterations for row in rows]
     scores = reward([row.prompt for row in rows], [row.answer for row in rows]).combined if rows else []
     kept: dict[str, Best] = {}
-    for row, score in zip(rows, scores, strict=True):
+    for row, r in zip(rows, scores, strict=True):
         key = json.dumps(row.prompt.messages)
-        if key not in kept or score > kept[key].reward:
-            kept[key] = row._replace(reward=float(score))
+        if key not in kept or r > kept[key].reward:
+            kept[key] = row._replace(reward=float(r))
     return list(kept.values())
 
 # %% [markdown]
@@ -665,6 +664,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -684,10 +684,10 @@ from llama2lib.generation import generate
 from llama2lib.model import Llama
 from llama2lib.optim import adamw
 from llama2lib.pretrain import IGNORE, MAY_CHANGE, Log, check_same, command, train_step
-from llama2lib.reward import RewardModel
+from llama2lib.reward import RewardModel, passes, score
 from llama2lib.rollout import (
-    Policy, Prompt, Reward, Rows, Value, combined_reward, consolidated, drawn, in_passes, passes, read_prompts,
-    scorer_of, untagged, whiten,
+    Policy, Prompt, Reward, Rows, Value, combined_reward, consolidated, drawn, in_passes, read_prompts, untagged,
+    whiten,
 )  # fmt: skip
 from llama2lib.tokenizer import Tokenizer
 
@@ -891,17 +891,6 @@ class Rows(NamedTuple):
         return cls(tokens[:, :-1], targets)
 
 
-def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"]]:
-    "Numbers of rows, those of similar length together, at most `most` in a pass; as many passes for as many rows."
-    return np.array_split(np.argsort(lengths, kind="stable"), math.ceil(len(lengths) / most))
-
-
-def divide_again(model: Llama):
-    "Let FSDP take apart what it leaves whole after a pass without a backward pass: embedding, last norm, output."
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 @torch.no_grad()
 def in_passes(model: Policy | Value, rows: Rows, order: list[np.ndarray], lengths: np.ndarray, *args) -> Tensor:
     "`model(tokens, targets, *args)` of all rows, (B T), in passes."
@@ -911,26 +900,6 @@ def in_passes(model: Policy | Value, rows: Rows, order: list[np.ndarray], length
         out[these, :longest] = model(*(x[these, :longest] for x in rows), *args)
     divide_again(model)
     return out
-
-
-def scorer_of(model: RewardModel, tokenizer: Tokenizer, most: int) -> Scorer:
-    """A reward model, whole or divided among ranks, as a function of conversations; at most `most` of them in a pass.
-
-    All ranks bring as many conversations. One that is longer than the context is read up to there.
-    """
-
-    @torch.no_grad()
-    def scores(dialogs):
-        tokens = [encode_dialog(tokenizer, messages)[0][: model.config.max_seq_len] for messages in dialogs]
-        lengths, out = np.array([len(ids) for ids in tokens]), np.empty(len(tokens), np.float32)
-        device = model.tok_embeddings.weight.device
-        for these in passes(lengths, most):
-            last = torch.from_numpy(lengths[these, None] - 1)
-            out[these] = model(padded([tokens[i] for i in these]).to(device), last.to(device))[:, 0].cpu()
-        divide_again(model)
-        return out
-
-    return scores
 
 # %%
 #| export
@@ -1173,19 +1142,20 @@ def run(config: PPOConfig) -> Path:
         paths = [config.prompts] + [config.held_out] * (config.held_out is not None)
         prompts, *held_out = (read_prompts(path, tagged=config.safety is not None) for path in paths)
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths) + tokenizer.digest.encode()).hexdigest()
-        frozen, mesh = replace(config.parallel, ac="none"), make_mesh(config.parallel, device.type)
+        frozen, most = replace(config.parallel, ac="none"), config.micro_batch
+        mesh = make_mesh(config.parallel, device.type)
         policy = opened(config.model, Policy, Llama, mesh, config.parallel, device)
         reference = opened(config.model, Policy, Llama, mesh, frozen, device)
         value = opened(config.helpfulness, Value, RewardModel, mesh, config.parallel, device)
         with torch.no_grad():
             value.score.weight.zero_()
         scorers = [
-            scorer_of(opened(path, RewardModel, RewardModel, mesh, frozen, device), tokenizer, config.micro_batch)
+            partial(score, opened(path, RewardModel, RewardModel, mesh, frozen, device), tokenizer, batch=most)
             for path in (config.helpfulness, config.safety)
             if path is not None
         ]
-        reward = Reward(*scorers, gate=config.gate)
-        return train(config, policy, reference, value, tokenizer, prompts, held_out, reward, digest)
+        rewards = Reward(*scorers, gate=config.gate)
+        return train(config, policy, reference, value, tokenizer, prompts, held_out, rewards, digest)
 
 
 def train(
@@ -1296,14 +1266,15 @@ for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "pa
 # | stage | does |
 # |---|---|
 # | `collect` | a batch of comparisons: two answers to each prompt, of the newest two models; annotators choose |
-# | `reward` | both reward models, from the newest model, on all comparisons so far |
+# | `reward` | both reward models, begun anew, on all comparisons so far |
 # | `reject` | the best of K answers of the newest model, at a temperature, or the best one of several |
 # | `bag` | the same, together with the best answers of all versions before |
 # | `tune` | fine-tuning on them |
 # | `ppo` | PPO on top |
 #
 # > Ours: the tag of a prompt decides what annotators compare, safety if it is set, else helpfulness. The reward models
-# > begin anew each time, with the newest model, so that they know what the answers' writer knows (section 3.2.2).
+# > begin anew each time, with the newest model, so that they know what the answers' writer knows (section 3.2.2). With
+# > `--public`, those for helpfulness begin with a reward model of public comparisons, which stay in the mixture, too.
 # > Fine-tuning goes on from the version before, or with `--base` starts at the base model again; the paper can be read
 # > either way.
 
@@ -1370,7 +1341,7 @@ class RLHFConfig:
     batch: int = 2000  # prompts of a batch of comparisons
     best: int = 2000  # prompts of a round of rejection sampling
     annotator: Literal["people", "judge"] = "people"  # the judge of chapter 12 knows the mini world alone
-    mixed: bool = True  # the helpfulness model learns from safety pairs too (section 3.2.2)
+    public: Path | None = None  # public comparisons: helpfulness models learn from them first, and keep them in the mix
     auxiliary: float = 1.0  # weight of the safety loss in the safety model
     temperature: float = 1.0  # of the answers that are measured
     seed: int = 0  # of everything that is drawn
@@ -1494,14 +1465,19 @@ def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
         value: [row for batch in state["batches"] for row in read_preferences(Path(batch) / f"{value}.jsonl")]
         for value in VALUES
     }
+    public = read_preferences(config.public) if config.public else []
     mixtures = {
-        "helpfulness": helpfulness_mix(rows["helpfulness"], rows["safety"] if config.mixed else [], config.seed),
+        "helpfulness": helpfulness_mix(rows["helpfulness"], [*public, *rows["safety"]], config.seed),
         "safety": safety_mix(rows["safety"], rows["helpfulness"], config.seed),
     }
     models = {}
+    if public and "bootstrapped" not in state:
+        recipe = replace(config.reward, model=config.model, data=config.public, out=folder / "public", seed=config.seed)
+        models["bootstrapped"] = str(call(config, reward, recipe))
+    begin = {"helpfulness": (state | models).get("bootstrapped", state["model"]), "safety": state["model"]}
     for value, mixture in mixtures.items():
         write_preferences(folder / f"{value}.jsonl", mixture)
-        recipe = replace(config.reward, model=state["model"], data=folder / f"{value}.jsonl", out=folder / value)
+        recipe = replace(config.reward, model=begin[value], data=folder / f"{value}.jsonl", out=folder / value)
         recipe = replace(recipe, seed=config.seed, auxiliary=config.auxiliary if value == "safety" else 0.0)
         models[value] = str(call(config, reward, recipe))
     return state | models
@@ -1576,7 +1552,7 @@ RLHF = {
             "collect collect reward bag tune",
             "collect collect reward bag tune collect collect reward ppo",
         ),
-        batch=1000, best=1000, annotator="judge", mixed=False,
+        batch=1000, best=1000, annotator="judge",
         pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
         rejection=replace(REJECTION["mini"], temperature=0.5), sft=SFT["mini"],
         ppo=replace(PPO["mini"], iterations=24, beta=0.1, lr=1e-4, every=4),
@@ -1626,7 +1602,8 @@ def measure(config: RLHFConfig, version: int, state: dict):
 def record_program(config: RLHFConfig):
     "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
     path = config.out / "settings.json"
-    files = {name: hashlib.sha256(getattr(config, name).read_bytes()).hexdigest() for name in ("prompts", "held_out")}
+    paths = {name: getattr(config, name) for name in ("prompts", "held_out", "public")}
+    files = {name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
     ours = json.loads(json.dumps(asdict(config) | files | {"launcher": "", "out": ""}, default=str))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
@@ -1687,8 +1664,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from llama2lib import mini
+from llama2lib import mini, mini_rewards
 from llama2lib.checkpoint import save_checkpoint
+from llama2lib.preferences import write_preferences
 from llama2lib.recipes import by_scale, cache_folder, scale, source_digest
 from llama2lib.rlhf import RLHF, RLHFConfig, run
 from llama2lib.rollout import Prompt, write_prompts
@@ -1720,11 +1698,12 @@ def program(seed: int) -> RLHFConfig:
     if not (place / "held-out.jsonl").exists():
         save_checkpoint(mini.base(seed), place / "base", mini.tokenizer())
         save_checkpoint(mini.chat(seed), place / "chat", mini.tokenizer())
+        write_preferences(place / "public.jsonl", mini_rewards.contrasts(seed))
         write_prompts(place / "prompts.jsonl", asked(seed, 0, PROMPTS))
         write_prompts(place / "held-out.jsonl", asked(seed, 1, HELD_OUT, "test"))
     config = replace(
-        PROGRAM, model=str(place / "chat"), base=str(place / "base"), prompts=place / "prompts.jsonl",
-        held_out=place / "held-out.jsonl", out=place / "program", seed=seed,
+        PROGRAM, model=str(place / "chat"), base=str(place / "base"), public=place / "public.jsonl",
+        prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl", out=place / "program", seed=seed,
     )  # fmt: skip
     run(config)
     return config
@@ -1777,14 +1756,17 @@ assert sorted(path.parent.name for path in made.glob("*/done.json")) == ["1-coll
 # ## The same on many GPUs
 #
 # One process and two: equal rewards and losses. Every rank answers its share of the prompts with weights that are
-# gathered once an iteration; scores and advantages are whitened over all of them.
+# gathered once an iteration; scores and advantages are whitened over all of them. (A model that was hardly trained
+# scores all answers nearly alike, and whitening makes differences of its rounding large: the smoke scale has one
+# iteration, with the same answers.)
 
 # %%
 folders = ["--model", place / "chat"]
 folders += [word for value in VALUES for word in (f"--{value}", made / "2-reward" / value / "model")]
 folders += ["--prompts", place / "prompts.jsonl"]
 for nproc, out in ((1, "one"), (2, "two")):
-    launch("llama2lib.ppo", "mini", *folders, "--out", place / out, "--iterations", 2, nproc=nproc)
+    options = ["--out", place / out, "--iterations", by_scale(smoke=1, laptop=2, a100=2)]
+    launch("llama2lib.ppo", "mini", *folders, *options, nproc=nproc)
 logs = [[json.loads(line) for line in (place / out / "log.jsonl").open()] for out in ("one", "two")]
 for name in ("reward", "loss", "value_loss"):
     one, two = (np.array([line[name] for line in lines]) for lines in logs)

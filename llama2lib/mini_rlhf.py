@@ -18,8 +18,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from llama2lib import mini
+from llama2lib import mini, mini_rewards
 from llama2lib.checkpoint import save_checkpoint
+from llama2lib.preferences import write_preferences
 from llama2lib.recipes import by_scale, cache_folder, scale, source_digest
 from llama2lib.rlhf import RLHF, RLHFConfig, run
 from llama2lib.rollout import Prompt, write_prompts
@@ -51,11 +52,12 @@ def program(seed: int) -> RLHFConfig:
     if not (place / "held-out.jsonl").exists():
         save_checkpoint(mini.base(seed), place / "base", mini.tokenizer())
         save_checkpoint(mini.chat(seed), place / "chat", mini.tokenizer())
+        write_preferences(place / "public.jsonl", mini_rewards.contrasts(seed))
         write_prompts(place / "prompts.jsonl", asked(seed, 0, PROMPTS))
         write_prompts(place / "held-out.jsonl", asked(seed, 1, HELD_OUT, "test"))
     config = replace(
-        PROGRAM, model=str(place / "chat"), base=str(place / "base"), prompts=place / "prompts.jsonl",
-        held_out=place / "held-out.jsonl", out=place / "program", seed=seed,
+        PROGRAM, model=str(place / "chat"), base=str(place / "base"), public=place / "public.jsonl",
+        prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl", out=place / "program", seed=seed,
     )  # fmt: skip
     run(config)
     return config

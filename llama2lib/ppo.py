@@ -30,6 +30,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +50,10 @@ from llama2lib.generation import generate
 from llama2lib.model import Llama
 from llama2lib.optim import adamw
 from llama2lib.pretrain import IGNORE, MAY_CHANGE, Log, check_same, command, train_step
-from llama2lib.reward import RewardModel
+from llama2lib.reward import RewardModel, passes, score
 from llama2lib.rollout import (
-    Policy, Prompt, Reward, Rows, Value, combined_reward, consolidated, drawn, in_passes, passes, read_prompts,
-    scorer_of, untagged, whiten,
+    Policy, Prompt, Reward, Rows, Value, combined_reward, consolidated, drawn, in_passes, read_prompts, untagged,
+    whiten,
 )  # fmt: skip
 from llama2lib.tokenizer import Tokenizer
 
@@ -408,19 +409,20 @@ def run(config: PPOConfig) -> Path:
         paths = [config.prompts] + [config.held_out] * (config.held_out is not None)
         prompts, *held_out = (read_prompts(path, tagged=config.safety is not None) for path in paths)
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths) + tokenizer.digest.encode()).hexdigest()
-        frozen, mesh = replace(config.parallel, ac="none"), make_mesh(config.parallel, device.type)
+        frozen, most = replace(config.parallel, ac="none"), config.micro_batch
+        mesh = make_mesh(config.parallel, device.type)
         policy = opened(config.model, Policy, Llama, mesh, config.parallel, device)
         reference = opened(config.model, Policy, Llama, mesh, frozen, device)
         value = opened(config.helpfulness, Value, RewardModel, mesh, config.parallel, device)
         with torch.no_grad():
             value.score.weight.zero_()
         scorers = [
-            scorer_of(opened(path, RewardModel, RewardModel, mesh, frozen, device), tokenizer, config.micro_batch)
+            partial(score, opened(path, RewardModel, RewardModel, mesh, frozen, device), tokenizer, batch=most)
             for path in (config.helpfulness, config.safety)
             if path is not None
         ]
-        reward = Reward(*scorers, gate=config.gate)
-        return train(config, policy, reference, value, tokenizer, prompts, held_out, reward, digest)
+        rewards = Reward(*scorers, gate=config.gate)
+        return train(config, policy, reference, value, tokenizer, prompts, held_out, rewards, digest)
 
 
 def train(

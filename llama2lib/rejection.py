@@ -108,10 +108,10 @@ def bag(iterations: Sequence[Sequence[Best]], reward: Reward) -> list[Best]:
     rows = [row for rows in iterations for row in rows]
     scores = reward([row.prompt for row in rows], [row.answer for row in rows]).combined if rows else []
     kept: dict[str, Best] = {}
-    for row, score in zip(rows, scores, strict=True):
+    for row, r in zip(rows, scores, strict=True):
         key = json.dumps(row.prompt.messages)
-        if key not in kept or score > kept[key].reward:
-            kept[key] = row._replace(reward=float(score))
+        if key not in kept or r > kept[key].reward:
+            kept[key] = row._replace(reward=float(r))
     return list(kept.values())
 
 

@@ -18,6 +18,8 @@ __all__ = [
     "REWARD",
     "RewardStep",
     "train_reward",
+    "passes",
+    "divide_again",
     "score",
     "score_pairs",
     "accuracy",
@@ -48,6 +50,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import FSDPModule
 
 from llama2lib.checkpoint import load_checkpoint, whole
 from llama2lib.dialog import Message, encode_dialog
@@ -197,10 +200,9 @@ NOTHING = Pair([0], [0], [0], 0.0, (-1, -1))  # what a rank that has no pairs le
 
 
 def micro_batches(pairs: Sequence[Pair], count: int, multiple: int = 1) -> Iterator[tuple[Tensor, ...]]:
-    "Pairs, sorted by length, as `count` micro-batches: `pair_rows`, margins (B), who is safe (B 2), weights (B)."
-    ordered = sorted(pairs, key=lambda pair: pair.size)
-    for places in np.array_split(np.arange(len(ordered)), count):
-        part = [ordered[i] for i in places] or [NOTHING]
+    "Pairs, in their order, as `count` micro-batches: `pair_rows`, margins (B), who is safe (B 2), weights (B)."
+    for places in np.array_split(np.arange(len(pairs)), count):
+        part = [pairs[i] for i in places] or [NOTHING]
         margins = torch.tensor([pair.margin for pair in part], dtype=torch.float32)
         safe = torch.tensor([pair.safe for pair in part], dtype=torch.float32)
         yield *pair_rows(part, multiple), margins, safe, torch.full((len(part),), float(len(places) > 0))
@@ -215,7 +217,7 @@ class RewardConfig:
     ValueError, naming the numbers, for a recipe that cannot work.
     """
 
-    model: str = "runs/sft/model"  # the chat model's folder to begin with, Hugging Face's layout or Meta's
+    model: str = "runs/sft/model"  # the folder to begin with: a chat model's, or a reward model's to go on with
     lr: float = 1e-5  # at the end of the warm-up
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     eps: float = 1e-5  # of AdamW
@@ -229,6 +231,7 @@ class RewardConfig:
     epochs: int = 1  # how often all pairs are seen
     margin: Literal["none", "small", "large"] = "small"  # of Equation 2, by rating
     auxiliary: float = 0.0  # weight of the safety loss
+    center: float = 0.0  # weight of (r_c + r_r)², which holds the mean of the scores at zero (ours)
     seed: int = 0  # of the order of the pairs
 
     data: Path = Path("preferences.jsonl")  # comparisons, see llama2lib.preferences
@@ -246,9 +249,10 @@ class RewardConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if not 0 <= self.warmup < 1 or self.min_warmup < 0:
             raise ValueError(f"warmup {self.warmup}, min_warmup {self.min_warmup}: expected a share, and at least 0")
-        if self.margin not in MARGINS or self.auxiliary < 0:
-            known = ", ".join(MARGINS)
-            raise ValueError(f"margin {self.margin!r}, auxiliary {self.auxiliary}: expected {known}, and at least 0")
+        if self.margin not in MARGINS:
+            raise ValueError(f"margin {self.margin!r}: expected one of {', '.join(MARGINS)}")
+        if min(self.auxiliary, self.center) < 0:
+            raise ValueError(f"auxiliary {self.auxiliary}, center {self.center}: expected at least 0")
         if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
             raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
 
@@ -260,7 +264,7 @@ class RewardConfig:
 REWARD = {
     "paper": RewardConfig(micro_batch=2, parallel=Parallel(ac="selective", reduce="micro_batch")),
     "paper-70B": RewardConfig(lr=5e-6, micro_batch=1, parallel=Parallel(ac="full", reduce="micro_batch")),
-    "mini": RewardConfig(lr=1e-3, batch_pairs=32, max_seq_len=512, micro_batch=4),
+    "mini": RewardConfig(lr=1e-3, batch_pairs=32, max_seq_len=512, micro_batch=4, center=0.01),
 }
 
 
@@ -304,6 +308,8 @@ def train_reward(
         losses = pair_losses(chosen, rejected, margins)
         if config.auxiliary:
             losses = losses + config.auxiliary * safety_losses(scores, safe).mean(1)
+        if config.center:
+            losses = losses + config.center * scores.sum(1).square()
         return (losses * weights).sum()
 
     per_epoch, tokens = steps // config.epochs, 0
@@ -336,26 +342,37 @@ def train_reward(
             dist.all_reduce(right, group=group)
         yield RewardStep(step, loss, lr, norm, tokens, right.item() / len(these))
 
+def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"]]:
+    "Numbers of rows, those of similar length together, at most `most` in a pass; as many passes for as many rows."
+    return np.array_split(np.argsort(lengths, kind="stable"), math.ceil(len(lengths) / most))
+
+
+def divide_again(model: Llama):
+    "Let FSDP take apart what it leaves whole after a pass without a backward pass: embedding, last norm, output."
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 @torch.no_grad()
 def score(
-    model: RewardModel, tokenizer: Tokenizer, dialogs: Sequence[Sequence[Message]], batch_tokens: int = 16_384
+    model: RewardModel, tokenizer: Tokenizer, dialogs: Sequence[Sequence[Message]], batch: int = 128
 ) -> Float[np.ndarray, "N"]:
     """Scores of conversations that end with an answer: raw logits; a higher one is a better answer.
 
-    batch_tokens: of one forward pass, filling included. ValueError for a conversation without an answer at its end.
+    batch: conversations of a forward pass, at most. All ranks of a divided model bring as many. One that is longer than
+    the context is read up to there. ValueError for a conversation without an answer at its end.
     """
     for number, messages in enumerate(dialogs):
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"dialog {number} ends with the {messages[-1]['role']}: expected an answer to score")
-    rows = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores, device, training = np.empty(len(rows), np.float32), model.tok_embeddings.weight.device, model.training
+    rows = [encode_dialog(tokenizer, messages)[0][: model.config.max_seq_len] for messages in dialogs]
+    lengths, scores = np.array([len(row) for row in rows]), np.empty(len(rows), np.float32)
+    device, training = model.tok_embeddings.weight.device, model.training
     model.eval()
-    while order:
-        count = max(1, batch_tokens // len(rows[order[-1]]))
-        these, order = order[-count:], order[:-count]
-        last = torch.tensor([[len(rows[i]) - 1] for i in these])
+    for these in passes(lengths, batch):
+        last = torch.from_numpy(lengths[these, None] - 1)
         scores[these] = model(padded([rows[i] for i in these]).to(device), last.to(device))[:, 0].cpu().numpy()
+    divide_again(model)
     model.train(training)
     return scores
 
@@ -370,9 +387,8 @@ def score_pairs(
     """
     pairs = [encode_pair(tokenizer, row, length=model.config.max_seq_len) for row in rows]
     scores, training = np.empty((2, len(rows))), model.training
-    order = np.argsort([pair.size for pair in pairs])
     model.eval()
-    for these in np.array_split(order, math.ceil(len(rows) / batch)):
+    for these in passes(np.array([pair.size for pair in pairs]), batch):
         inputs = (part.to(model.tok_embeddings.weight.device) for part in pair_rows([pairs[i] for i in these]))
         scores[:, these] = model(*inputs).T.cpu().numpy()
     model.train(training)
@@ -464,7 +480,7 @@ def load_scorer(path: str | os.PathLike, device: str | torch.device | None = Non
 
 
 @torch.no_grad()
-def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 32) -> Float[np.ndarray, "N"]:
+def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch: int = 128) -> Float[np.ndarray, "N"]:
     """How much a chat model prefers the chosen answers when it is asked for the best one, A or B.
 
     The difference of the letters' log-probabilities, mean over both orders; above 0 it agrees with the annotator.
@@ -475,15 +491,13 @@ def choose(model: Llama, tokenizer: Tokenizer, rows: Sequence[Preference], batch
             question = row["messages"][-1]["content"]
             asked = f"{question}\n\nA: {row[first]}\n\nB: {row[second]}\n\nChoose the best answer between A and B."
             prompts.append(encode_dialog(tokenizer, [*row["messages"][:-1], {"role": "user", "content": asked}])[0])
-    differences = []
-    for begin in range(0, len(prompts), batch):
-        part = prompts[begin : begin + batch]
-        states = model.hidden(padded(part).to(model.tok_embeddings.weight.device))
-        states = states[torch.arange(len(part)), [len(ids) - 1 for ids in part]]
-        logits = model.output(states)[:, letters].float()
-        differences.append((logits[:, 0] - logits[:, 1]).cpu())
-    first, second = torch.cat(differences).view(-1, 2).T
-    return ((first - second) / 2).numpy()
+    lengths, differences = np.array([len(ids) for ids in prompts]), np.empty(len(prompts), np.float32)
+    for these in passes(lengths, batch):
+        states = model.hidden(padded([prompts[i] for i in these]).to(model.tok_embeddings.weight.device))
+        logits = model.output(states[torch.arange(len(these)), lengths[these] - 1])[:, letters].float()
+        differences[these] = (logits[:, 0] - logits[:, 1]).cpu()
+    first, second = differences.reshape(-1, 2).T
+    return (first - second) / 2
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class RLHFConfig:
     batch: int = 2000  # prompts of a batch of comparisons
     best: int = 2000  # prompts of a round of rejection sampling
     annotator: Literal["people", "judge"] = "people"  # the judge of chapter 12 knows the mini world alone
-    mixed: bool = True  # the helpfulness model learns from safety pairs too (section 3.2.2)
+    public: Path | None = None  # public comparisons: helpfulness models learn from them first, and keep them in the mix
     auxiliary: float = 1.0  # weight of the safety loss in the safety model
     temperature: float = 1.0  # of the answers that are measured
     seed: int = 0  # of everything that is drawn
@@ -202,14 +202,19 @@ def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
         value: [row for batch in state["batches"] for row in read_preferences(Path(batch) / f"{value}.jsonl")]
         for value in VALUES
     }
+    public = read_preferences(config.public) if config.public else []
     mixtures = {
-        "helpfulness": helpfulness_mix(rows["helpfulness"], rows["safety"] if config.mixed else [], config.seed),
+        "helpfulness": helpfulness_mix(rows["helpfulness"], [*public, *rows["safety"]], config.seed),
         "safety": safety_mix(rows["safety"], rows["helpfulness"], config.seed),
     }
     models = {}
+    if public and "bootstrapped" not in state:
+        recipe = replace(config.reward, model=config.model, data=config.public, out=folder / "public", seed=config.seed)
+        models["bootstrapped"] = str(call(config, reward, recipe))
+    begin = {"helpfulness": (state | models).get("bootstrapped", state["model"]), "safety": state["model"]}
     for value, mixture in mixtures.items():
         write_preferences(folder / f"{value}.jsonl", mixture)
-        recipe = replace(config.reward, model=state["model"], data=folder / f"{value}.jsonl", out=folder / value)
+        recipe = replace(config.reward, model=begin[value], data=folder / f"{value}.jsonl", out=folder / value)
         recipe = replace(recipe, seed=config.seed, auxiliary=config.auxiliary if value == "safety" else 0.0)
         models[value] = str(call(config, reward, recipe))
     return state | models
@@ -277,7 +282,7 @@ RLHF = {
             "collect collect reward bag tune",
             "collect collect reward bag tune collect collect reward ppo",
         ),
-        batch=1000, best=1000, annotator="judge", mixed=False,
+        batch=1000, best=1000, annotator="judge",
         pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
         rejection=replace(REJECTION["mini"], temperature=0.5), sft=SFT["mini"],
         ppo=replace(PPO["mini"], iterations=24, beta=0.1, lr=1e-4, every=4),
@@ -327,7 +332,8 @@ def measure(config: RLHFConfig, version: int, state: dict):
 def record_program(config: RLHFConfig):
     "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
     path = config.out / "settings.json"
-    files = {name: hashlib.sha256(getattr(config, name).read_bytes()).hexdigest() for name in ("prompts", "held_out")}
+    paths = {name: getattr(config, name) for name in ("prompts", "held_out", "public")}
+    files = {name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
     ours = json.loads(json.dumps(asdict(config) | files | {"launcher": "", "out": ""}, default=str))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))

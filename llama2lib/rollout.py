@@ -18,10 +18,7 @@ __all__ = [
     "policy_of",
     "value_of",
     "Rows",
-    "passes",
-    "divide_again",
     "in_passes",
-    "scorer_of",
 ]
 
 
@@ -43,18 +40,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from llama2lib.checkpoint import whole
-from llama2lib.dialog import TAGS, Message, check_dialog, encode_dialog
+from llama2lib.dialog import TAGS, Message, check_dialog
 from llama2lib.formats import without_memory
 from llama2lib.model import Llama
 from llama2lib.preferences import records
 from llama2lib.pretrain import IGNORE, check_same
 from llama2lib.recipes import write_atomic
-from llama2lib.reward import RewardModel, Scorer, padded
+from llama2lib.reward import RewardModel, Scorer, divide_again, padded
 from llama2lib.shards import shuffled
 from llama2lib.tokenizer import Tokenizer
 
@@ -286,17 +282,6 @@ class Rows(NamedTuple):
         return cls(tokens[:, :-1], targets)
 
 
-def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"]]:
-    "Numbers of rows, those of similar length together, at most `most` in a pass; as many passes for as many rows."
-    return np.array_split(np.argsort(lengths, kind="stable"), math.ceil(len(lengths) / most))
-
-
-def divide_again(model: Llama):
-    "Let FSDP take apart what it leaves whole after a pass without a backward pass: embedding, last norm, output."
-    if isinstance(model, FSDPModule):
-        model.reshard()
-
-
 @torch.no_grad()
 def in_passes(model: Policy | Value, rows: Rows, order: list[np.ndarray], lengths: np.ndarray, *args) -> Tensor:
     "`model(tokens, targets, *args)` of all rows, (B T), in passes."
@@ -306,23 +291,3 @@ def in_passes(model: Policy | Value, rows: Rows, order: list[np.ndarray], length
         out[these, :longest] = model(*(x[these, :longest] for x in rows), *args)
     divide_again(model)
     return out
-
-
-def scorer_of(model: RewardModel, tokenizer: Tokenizer, most: int) -> Scorer:
-    """A reward model, whole or divided among ranks, as a function of conversations; at most `most` of them in a pass.
-
-    All ranks bring as many conversations. One that is longer than the context is read up to there.
-    """
-
-    @torch.no_grad()
-    def scores(dialogs):
-        tokens = [encode_dialog(tokenizer, messages)[0][: model.config.max_seq_len] for messages in dialogs]
-        lengths, out = np.array([len(ids) for ids in tokens]), np.empty(len(tokens), np.float32)
-        device = model.tok_embeddings.weight.device
-        for these in passes(lengths, most):
-            last = torch.from_numpy(lengths[these, None] - 1)
-            out[these] = model(padded([tokens[i] for i in these]).to(device), last.to(device))[:, 0].cpu()
-        divide_again(model)
-        return out
-
-    return scores

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import conftest
@@ -17,8 +18,8 @@ from llama2lib.distributed import Parallel, StateFolder
 from llama2lib.launch import torchrun_arguments
 from llama2lib.ppo import PPO, PPOConfig, gae, ppo, ppo_loss, ppo_losses, rollout, run, value_losses
 from llama2lib.pretrain import IGNORE
-from llama2lib.reward import RewardModel
-from llama2lib.rollout import Prompt, Reward, policy_of, scorer_of, value_of, whiten, write_prompts
+from llama2lib.reward import RewardModel, score
+from llama2lib.rollout import Prompt, Reward, policy_of, value_of, whiten, write_prompts
 from llama2lib.sft import SFTConfig, sft
 from llama2lib.tokenizer import train_tokenizer
 
@@ -65,7 +66,7 @@ def models(chat, tokenizer):
 
 def rewarded(models, tokenizer):
     safety = lambda dialogs: np.array([len(messages[-1]["content"]) for messages in dialogs])  # noqa: E731
-    return Reward(scorer_of(models[3], tokenizer, 4), safety)
+    return Reward(partial(score, models[3], tokenizer, batch=4), safety)
 
 
 def batch_of(models, tokenizer, config=CONFIG, reward=None):

@@ -13,6 +13,7 @@ import torch
 from conftest import dies_after, random_model
 
 from llama2lib import reward as module
+from llama2lib import sft
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint, save_meta
 from llama2lib.dialog import encode_dialog
 from llama2lib.distributed import Parallel, StateFolder
@@ -104,7 +105,7 @@ def test_a_score_depends_on_no_neighbour_no_filling_and_no_batch_size(tokenizer)
     model = scoring_model(tokenizer)
     together = score(model, tokenizer, dialogs())
     alone = [score(model, tokenizer, [messages])[0] for messages in dialogs()]
-    small = score(model, tokenizer, dialogs()[::-1], batch_tokens=1)[::-1]
+    small = score(model, tokenizer, dialogs()[::-1], batch=1)[::-1]
     assert np.allclose(together, alone, atol=1e-4) and np.allclose(together, small, atol=1e-5)
     assert np.std(together) > 0.1
 
@@ -313,7 +314,7 @@ def test_micro_batches_hold_every_pair_once_chosen_first(pairs, count):
     assert sorted(found, key=lambda f: f[:3]) == sorted(map(tuple, pairs), key=lambda p: p[:3])
 
 
-def by_hand(model, pairs, auxiliary=0.0):
+def by_hand(model, pairs, auxiliary=0.0, center=0.0):
     "Loss and accuracy of pairs, one at a time."
     losses, right = [], []
     for pair in pairs:
@@ -323,18 +324,18 @@ def by_hand(model, pairs, auxiliary=0.0):
         for value, safe in zip(scores, pair.safe, strict=True):
             if safe >= 0:
                 loss = loss + auxiliary * -torch.nn.functional.logsigmoid(value if safe else -value) / 2
-        losses.append(loss)
+        losses.append(loss + center * (scores[0] + scores[1]) ** 2)
         right.append((scores[0] > scores[1]).item())
     return torch.cat(losses).mean(), np.mean(right)
 
 
-@pytest.mark.parametrize("auxiliary", [0.0, 0.7])
+@pytest.mark.parametrize(("auxiliary", "center"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.3)])
 @pytest.mark.parametrize("micro_batch", [1, 3, 64])
-def test_a_step_is_the_mean_over_its_pairs_however_it_is_cut(tokenizer, pairs, micro_batch, auxiliary):
-    config = replace(CONFIG, batch_pairs=44, micro_batch=micro_batch, auxiliary=auxiliary)
+def test_a_step_is_the_mean_over_its_pairs_however_it_is_cut(tokenizer, pairs, micro_batch, auxiliary, center):
+    config = replace(CONFIG, batch_pairs=44, micro_batch=micro_batch, auxiliary=auxiliary, center=center)
     model, other = scoring_model(tokenizer), scoring_model(tokenizer)
     [step] = train_reward(model, pairs, config)
-    loss, right = by_hand(other, pairs, auxiliary)
+    loss, right = by_hand(other, pairs, auxiliary, center)
     assert step.loss == pytest.approx(loss.item(), rel=1e-5) and step.accuracy == pytest.approx(right)
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in other.parameters()])
@@ -388,11 +389,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tokenizer, pairs):
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_pairs": 0}, {"warmup": 1.0}, {"min_warmup": -1}, {"margin": "huge"}, {"auxiliary": -1.0}]
-)
-def test_a_recipe_that_cannot_work_is_refused(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        replace(CONFIG, **change)
+    ("name", "value"),
+    [("batch_pairs", 0), ("warmup", 1.0), ("min_warmup", -1),
+     ("margin", "huge"), ("auxiliary", -1.0), ("center", -0.1)],
+)  # fmt: skip
+def test_a_recipe_that_cannot_work_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} '?{value}"):
+        replace(CONFIG, **{name: value})
 
 
 def test_the_papers_recipe():
@@ -455,7 +458,7 @@ def torchrun(recipe: RewardConfig, out: Path, *options):
     "The command a reader would give."
     options = ["--model", recipe.model, "--data", recipe.data, "--out", out, "--lr", recipe.lr, *options]
     options += ["--batch-pairs", recipe.batch_pairs, "--max-seq-len", recipe.max_seq_len, "--micro-batch", 1]
-    options += ["--min-warmup", 0, "--auxiliary", recipe.auxiliary]
+    options += ["--min-warmup", 0, "--auxiliary", recipe.auxiliary, "--center", recipe.center]
     return conftest.torchrun(*torchrun_arguments("llama2lib.reward", "mini", *options, nproc=2))
 
 
@@ -470,6 +473,29 @@ def test_two_processes_learn_what_one_learns(recipe, tmp_path, options):
         one, two = (log(tmp_path / out, name) for out in ("one", "two"))
         assert two == pytest.approx(one, rel=1e-5 if name == "loss" else 1e-4), name
     assert log(tmp_path / "one")[-1] < log(tmp_path / "one")[0]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_run_goes_on_from_a_reward_model(recipe, alone, tokenizer, pairs, tmp_path, nproc):
+    "Public comparisons first, then one's own (section 3.2.2): the score that was learned is kept."
+    again = replace(recipe, model=str(alone / "model"), lr=1e-4)
+    if nproc == 1:
+        run(replace(again, out=tmp_path))
+    else:
+        torchrun(again, tmp_path)
+    steps = list(train_reward(load_checkpoint(again.model, kind=RewardModel), pairs, again))
+    assert log(tmp_path) == pytest.approx([step.loss for step in steps], rel=1e-5)
+    assert steps[0].loss < 0.9 * log(alone)[0]
+    with pytest.raises(ValueError, match="expected a language model"):
+        sft.run(replace(sft.SFT["mini"], model=again.model, data=recipe.data, out=tmp_path / "sft"))
+
+
+def test_a_score_is_read_up_to_the_context(tokenizer):
+    model = scoring_model(tokenizer)
+    long = [*dialogs()[0][:-1], {"role": "assistant", "content": "yes " * 300}]
+    longer = [*dialogs()[0][:-1], {"role": "assistant", "content": "yes " * 400}]
+    assert len(encode_dialog(tokenizer, long)[0]) > model.config.max_seq_len
+    assert np.equal(*score(model, tokenizer, [long, longer]))
 
 
 def test_bad_rows_stop_with_file_line_and_field(recipe, tokenizer, tmp_path):

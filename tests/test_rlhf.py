@@ -19,7 +19,7 @@ from llama2lib import pairs, ppo, rejection, reward, rlhf, sft
 from llama2lib.checkpoint import save_checkpoint
 from llama2lib.desk import Desk, unblind
 from llama2lib.judge import read_task
-from llama2lib.preferences import comparison, read_preferences
+from llama2lib.preferences import comparison, read_preferences, write_preferences
 from llama2lib.rejection import read_best
 from llama2lib.rlhf import RLHF, STAGES, RLHFConfig, flags, judged, measure, run
 from llama2lib.rollout import read_prompts, write_prompts
@@ -196,12 +196,23 @@ def test_every_fine_tuning_can_begin_with_the_base_model(config, monkeypatch, tm
     ]  # fmt: skip
 
 
-def test_reward_models_begin_with_the_newest_model(done, config, monkeypatch, tmp_path):
+@pytest.mark.parametrize("public", [False, True])
+def test_reward_models_begin_anew(done, config, monkeypatch, tmp_path, public):
+    "With the newest version; for helpfulness, with one model of public comparisons, which stay in the mixture."
     seen = []
     monkeypatch.setattr(rlhf, "call", lambda config, module, recipe: seen.append(recipe) or Path("made"))
     batches = [str(done[0].out / "V1" / "1-collect")]
-    STAGES["reward"](config, tmp_path, {"model": "newest", "batches": batches})
-    assert [(recipe.model, recipe.out.name) for recipe in seen] == [("newest", "helpfulness"), ("newest", "safety")]
+    rows = [row | {"source": "public"} for row in read_preferences(Path(batches[0]) / "helpfulness.jsonl")]
+    write_preferences(tmp_path / "public.jsonl", rows)
+    config = replace(config, public=tmp_path / "public.jsonl" if public else None)
+    state = {"model": "newest", "batches": batches}
+    for _ in range(2):
+        state = STAGES["reward"](config, tmp_path, state)
+    begun = [(recipe.model, recipe.out.name) for recipe in seen]
+    again = [("made" if public else "newest", "helpfulness"), ("newest", "safety")]
+    assert begun == [(config.model, "public")] * public + again * 2
+    mixture = [row["source"] for row in read_preferences(tmp_path / "helpfulness.jsonl")]
+    assert mixture.count("public") > 0 if public else "public" not in mixture
 
 
 @pytest.mark.parametrize(("model", "versions", "variants"), [

@@ -2,7 +2,6 @@
 
 import math
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -10,12 +9,11 @@ import torch
 import torch.distributed as dist
 from conftest import random_model, torchrun
 
-from llama2lib.dialog import encode_dialog
 from llama2lib.distributed import Parallel, make_mesh, parallelize, processes
 from llama2lib.generation import generate
 from llama2lib.ppo import combined_reward, whiten
 from llama2lib.pretrain import IGNORE
-from llama2lib.reward import RewardModel, score
+from llama2lib.reward import RewardModel, passes
 from llama2lib.rollout import (
     Policy,
     Prompt,
@@ -24,15 +22,12 @@ from llama2lib.rollout import (
     consolidated,
     drawn,
     in_passes,
-    passes,
     policy_of,
     read_prompts,
-    scorer_of,
     untagged,
     value_of,
     write_prompts,
 )
-from llama2lib.tokenizer import train_tokenizer
 
 ASKED = Prompt([{"role": "user", "content": "what is red"}], False)
 
@@ -172,17 +167,6 @@ def test_a_value_model_begins_at_zero_with_the_reward_models_body():
     torch.testing.assert_close(value(*rows).gather(1, last), reward_model(rows.tokens, last))
 
 
-def test_a_scorer_gives_the_scores_of_chapter_four(tmp_path):
-    words = ["red", "blue", "green", "what", "is", "the", "colour"]
-    tokenizer = train_tokenizer([*words, "[INST] [/INST]"] * 50, 300, tmp_path / "t.model")
-    model = RewardModel.of(random_model(vocab_size=tokenizer.vocab_size))
-    torch.nn.init.normal_(model.score.weight)
-    answers = [" ".join(words[: n % 7 + 1]) for n in range(11)]
-    dialogs = [[*ASKED.messages, {"role": "assistant", "content": text}] for text in answers]
-    np.testing.assert_allclose(scorer_of(model, tokenizer, 4)(dialogs), score(model, tokenizer, dialogs), atol=1e-5)
-    assert len(encode_dialog(tokenizer, dialogs[0])[0]) < len(encode_dialog(tokenizer, dialogs[6])[0])
-
-
 def test_whole_weights_need_no_copy():
     model = random_model()
     with consolidated(model) as same:
@@ -211,7 +195,6 @@ def main():
         mine = x[:2] if dist.get_rank() == 0 else x[2:]
         expected = whiten(x)[:2] if dist.get_rank() == 0 else whiten(x)[2:]
         torch.testing.assert_close(whiten(mine, dist.group.WORLD), expected)
-        time.sleep(0.5)  # a thread of gloo that lets go of the last tensors when Python has ended aborts the process
 
 
 if __name__ == "__main__":
