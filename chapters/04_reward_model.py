@@ -1441,17 +1441,17 @@ _ = compare("Table 8", "accuracy on significantly better minus on negligibly bet
             printed["significantly"] - printed["negligibly"], clear, close, f"{FILE}::found = ")  # fmt: skip
 
 # %% [markdown]
-# Each model is better at home. The paper's mixture costs the helpfulness model almost three points there, 62.9 %
-# against 65.5 with its own pairs alone: the first criterion fails for the mixture, and stays open without it. That is
-# why the final model learns from its own pairs; we chose after seeing the tests of two seeds. The choice has a price.
-# On safety tests the mixed model agrees with 70 % and the final one with 33 %, since it prefers the answer that helps
-# to do harm; against the mixed model the safety model would be ahead by 7 points and not by 44. Two rewards that
-# disagree are what section 3.2.3 combines with a gate.
+# Each model is better at home. The helpfulness model agrees with 66.1 % of the pairs, and with 79.1 % of the
+# significantly better answers, 27 points above the negligibly better ones. These means are beyond what we had asked
+# for, but seeds differ, from 64 to 69 %, and three of them leave the verdicts open. With its own pairs alone it comes
+# to 64.8 and 74.9 %; and it prefers the answer that helps to do harm, so that it agrees with 34 % of the safety tests,
+# against 67 % with the mixture. Length and the chat model that is asked for a letter are far behind. But a bag of words
+# comes to 62.3 %, 3.8 points behind, where we had asked for eight: which words an answer has tells much of its quality
+# in this world.
 #
-# Significantly better answers are recognised in 76.5 %, 24 points above negligibly better ones; three seeds leave both
-# verdicts open. Length and the chat model that is asked for a letter are far behind. But a bag of words comes to
-# 62.3 %, 3.2 points behind where we had asked for eight: that criterion fails. Which words an answer has tells much of
-# its quality in this world.
+# > Ours: the first runs had no public comparisons. The paper's mixture was then half safety pairs, as far as they went,
+# > and came to 62.9 %. We chose the public comparisons and their number on the tests of the first seed, for the reason
+# > that follows.
 
 # %% [markdown]
 # ### Does it read the question?
@@ -1472,7 +1472,10 @@ for name, hit in of.items():
     print(f"{name:<22} {share.value:.1%} [{share.low:.1%}, {share.high:.1%}] of {hit.shape[1]} swapped answers")
 
 # %% [markdown]
-# TEXT-READS
+# Twenty thousand pairs of its own have not taught a reward model to read the question: 51 % is chance. Two samples of
+# one model seldom differ in this alone, and looks explain enough of the ratings. Comparisons that differ in nothing
+# else do teach it, and in the mixture it is kept. They have to come first: mixed with others from the beginning, a few
+# thousand of them taught our models nothing.
 #
 # A reward model in a folder can be a row of Table 7 as well:
 
@@ -1534,9 +1537,9 @@ _ = compare("Figure 27", "share of scores in the two outermost of 50 bins, large
             ends["large"], ends["none"], f"{FILE}::by_margin = ")  # fmt: skip
 
 # %% [markdown]
-# The large margin does help where answers differ much; on all pairs the gain of the small one is within the noise.
-# Scores spread as the margin grows, as in the paper, but only one seed of three reaches the outermost bins, so that the
-# third criterion stays open.
+# The large margin does help where answers differ much, by 2.4 points; on all pairs the gain of the small one is within
+# the noise. Scores spread as the margin grows, on every seed, as in the paper; how far differs too much between three
+# seeds for the third criterion.
 
 # %% [markdown]
 # ### Table 29: the auxiliary loss, and a tenth of helpfulness data
@@ -1580,9 +1583,10 @@ _ = compare("Section 3.2.2", "accuracy where both answers are safe, with 10 % he
             "especially beneficial", *both, f"{FILE}::safety = ")  # fmt: skip
 
 # %% [markdown]
-# All three stay open. The recall of unsafe answers falls with the auxiliary loss, on every seed. But without it nothing
-# fixes where a score is zero: the baseline finds 97 % of the unsafe answers by calling half of the safe ones unsafe,
-# too, and the auxiliary loss brings these to 5 %. A tenth of helpfulness data changes nothing that these tests show.
+# All three stay open. The recall of unsafe answers falls with the auxiliary loss, on every seed. But without it a score
+# of zero is no more than the middle of all scores: the baseline finds 98 % of the unsafe answers by calling half of the
+# safe ones unsafe, too, and the auxiliary loss brings these to 8 %. A tenth of helpfulness data gains a point where
+# both answers are safe, on every seed, too little to be sure of.
 
 # %% [markdown]
 # ### Figure 6: more data, larger models
@@ -1609,11 +1613,11 @@ for ax, (name, these) in zip(axes, which.items(), strict=True):
         ax.plot(COUNTS, values, ".", color=line.get_color(), alpha=0.6)
     for scorer, color in (("length", "0.7"), ("bag of words", "0.4")):
         ax.axhline(mean(hits[scorer]["helpfulness"], these), color=color, linestyle=":", label=scorer)
-    ax.set(xscale="log", xlabel="training pairs; a dot a seed", ylabel="accuracy (%)", title=name)
+    ax.set(xscale="log", xlabel="its own training pairs; a dot a seed", ylabel="accuracy (%)", title=name)
     ax.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
     ax.minorticks_off()
 axes[0].legend()
-fig.suptitle("Figure 6: every doubling of the data makes the reward model better", x=0.01, ha="left")
+fig.suptitle("Figure 6: every doubling of the data makes the larger reward model better", x=0.01, ha="left")
 plots.save(fig, "figure_06.png")
 
 # %%
@@ -1626,8 +1630,8 @@ _ = compare("Figure 6", "accuracy of the larger model minus the smaller one's, a
             large[COUNTS[-1]], grown["0.4M"][COUNTS[-1]], f"{FILE}::grown = ")  # fmt: skip
 
 # %% [markdown]
-# On average each doubling helps, at both sizes. Only the first is beyond doubt with three seeds; the larger model is
-# ahead at all data.
+# Each doubling helps the larger model, on every seed; two of the three are beyond doubt. The smaller one, whose seeds
+# are far apart, gains little, and the larger one is ahead by 3.5 points with all data, which three seeds leave open.
 
 # %% [markdown]
 # ### Figure 29: does the score know how good an answer is?
@@ -1660,8 +1664,8 @@ fig.suptitle("Figure 29: better answers have higher scores", x=0.01, ha="left")
 plots.save(fig, "figure_29.png")
 
 # %% [markdown]
-# Both rise by more than 0.2. But not from grade to grade: the worst answers have higher scores than those of grade 2,
-# and the safety model makes one step, between answers that give harm away and those that do not.
+# Both rise by more than 0.2, helpfulness from grade to grade and nearly as in the paper. The safety model makes one
+# step, between answers that give harm away and those that do not.
 
 # %% [markdown]
 # ## Comparisons of people
