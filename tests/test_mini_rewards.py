@@ -15,7 +15,7 @@ import hashlib, json
 from dataclasses import replace
 import torch
 from llama2lib import mini, mini_rewards
-from llama2lib.mini_rewards import AUXILIARY, comparisons, mixture, reward_model, trained
+from llama2lib.mini_rewards import AUXILIARY, comparisons, contrasts, mixture, reward_model, trained
 from llama2lib.reward import REWARD, RewardModel, encode_pair, train_reward
 
 def digest(model):
@@ -26,19 +26,20 @@ rows = {" ".join(name): comparisons(0, *name)[0] for name in names}
 unused = {value: sum(comparisons(0, value)[1].values()) for value in mini_rewards.ASKED}
 some = rows["helpfulness train"][:20]
 models = {"helpfulness": reward_model(0), "safety": reward_model(0, "safety"),
-          "plain": trained(0, mixture(0, "safety")), "mixed": trained(0, mixture(0, "helpfulness")),
+          "plain": trained(0, mixture(0, "safety")), "alone": trained(0, some, first=False),
           "some": trained(0, some), "other seed": trained(1, some), "fewer": trained(0, some[:19]),
           "margin": trained(0, some, replace(REWARD["mini"], margin="large")), "small": trained(0, some, size="0.4M")}
-pairs = comparisons(0, "helpfulness")[0][: mini_rewards.PAIRS]
 both_losses = replace(REWARD["mini"], auxiliary=AUXILIARY)
-same = [digest(model) for model in (trained(0, pairs), trained(0, mixture(0, "safety"), both_losses))]
+same = [digest(model) for model in (
+    trained(0, mixture(0, "helpfulness")), trained(0, mixture(0, "safety"), both_losses, first=False))]
 by_hand = RewardModel.of(mini.chat(1))
 recipe = replace(REWARD["mini"], seed=1)
-list(train_reward(by_hand, [encode_pair(mini.tokenizer(), row, recipe.margin) for row in some], recipe))
+for part in (contrasts(1), some):
+    list(train_reward(by_hand, [encode_pair(mini.tokenizer(), row, recipe.margin) for row in part], recipe))
 print(json.dumps({"rows": rows, "unused": unused, "batch": mini_rewards.BATCH, "batches": mini_rewards.BATCHES["train"],
                   "mixtures": {value: mixture(0, value) for value in mini_rewards.ASKED},
                   "models": {name: digest(model) for name, model in models.items()}, "by hand": digest(by_hand),
-                  "same": same, "small": models["small"].config.dim}))
+                  "same": same, "small": models["small"].config.dim, "public": contrasts(0)}))
 """
 
 
@@ -79,9 +80,11 @@ def test_tests_ask_what_training_does_not(made):
 
 def test_mixtures_are_the_papers(made):
     helpful, safe = (made["rows"][f"{value} train"] for value in ("helpfulness", "safety"))
-    assert made["mixtures"]["helpfulness"][: len(helpful)] == helpful
-    others = made["mixtures"]["helpfulness"][len(helpful) :]
-    assert len(others) == min(len(helpful), len(safe)) and all(row in safe for row in others)
+    own, pool = helpful[:40], made["public"] + safe
+    assert made["mixtures"]["helpfulness"][: len(own)] == own
+    others = made["mixtures"]["helpfulness"][len(own) :]
+    assert len(others) == min(len(own), len(pool)) and all(row in pool for row in others)
+    assert {row["source"] == "public" for row in others} == {True, False}
     assert made["mixtures"]["safety"][: len(safe)] == safe
     others = made["mixtures"]["safety"][len(safe) :]
     assert len(others) == round(len(safe) / 9) and all(row in helpful for row in others)

@@ -15,7 +15,7 @@ from conftest import dies_after, random_model
 from llama2lib import reward as module
 from llama2lib import sft
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint, save_meta
-from llama2lib.dialog import encode_dialog
+from llama2lib.dialog import encode_dialog, write_dialogs
 from llama2lib.distributed import Parallel, StateFolder
 from llama2lib.judge import RATINGS
 from llama2lib.launch import torchrun_arguments
@@ -486,8 +486,9 @@ def test_a_run_goes_on_from_a_reward_model(recipe, alone, tokenizer, pairs, tmp_
     steps = list(train_reward(load_checkpoint(again.model, kind=RewardModel), pairs, again))
     assert log(tmp_path) == pytest.approx([step.loss for step in steps], rel=1e-5)
     assert steps[0].loss < 0.9 * log(alone)[0]
+    write_dialogs(tmp_path / "d.jsonl", dialogs())
     with pytest.raises(ValueError, match="expected a language model"):
-        sft.run(replace(sft.SFT["mini"], model=again.model, data=recipe.data, out=tmp_path / "sft"))
+        sft.run(replace(sft.SFT["mini"], model=again.model, data=tmp_path / "d.jsonl", out=tmp_path / "sft"))
 
 
 def test_a_score_is_read_up_to_the_context(tokenizer):
