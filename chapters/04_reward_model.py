@@ -1157,7 +1157,7 @@ _ = launch("llama2lib.reward", "paper-70B", *options, "--auxiliary", 1, nproc=8,
 # > Ours: batches of a thousand prompts; 22 of them for helpfulness and 6 for safety, where the paper has a million
 # > comparisons. The mini world's public comparisons are clean ones: a right answer, and one that is right for another
 # > question of the same kind, to 12,000 prompts. The helpfulness model begins with them alone and goes on with the
-# > mixture: its own pairs, and as many of public and safety pairs together as there are. `reward_model` gives the two
+# > mixture: its own pairs, and as many public and safety pairs, as far as they go. `reward_model` gives the two
 # > final models of a seed to the later chapters.
 
 
@@ -1446,11 +1446,11 @@ _ = compare("Table 8", "accuracy on significantly better minus on negligibly bet
 # for, but seeds differ, from 64 to 69 %, and three of them leave the verdicts open. With its own pairs alone it comes
 # to 64.8 and 74.9 %; and it prefers the answer that helps to do harm, so that it agrees with 34 % of the safety tests,
 # against 67 % with the mixture. Length and the chat model that is asked for a letter are far behind. But a bag of words
-# comes to 62.3 %, 3.8 points behind, where we had asked for eight: which words an answer has tells much of its quality
-# in this world.
+# comes to 62.3 %, 3.8 points behind, where we had asked for eight, which no seed reaches: which words an answer has
+# tells much of its quality in this world.
 #
-# > Ours: the first runs had no public comparisons. The paper's mixture was then half safety pairs, as far as they went,
-# > and came to 62.9 %. We chose the public comparisons and their number on the tests of the first seed, for the reason
+# > Ours: the first runs had no public comparisons. The mixture then was helpfulness and safety pairs, and came to
+# > 62.9 %, so that it failed the criterion of 65 %. We chose the public comparisons and their number on the tests of the first seed, for the reason
 # > that follows.
 
 # %% [markdown]
@@ -1473,9 +1473,8 @@ for name, hit in of.items():
 
 # %% [markdown]
 # Twenty thousand pairs of its own have not taught a reward model to read the question: 51 % is chance. Two samples of
-# one model seldom differ in this alone, and looks explain enough of the ratings. Comparisons that differ in nothing
-# else do teach it, and in the mixture it is kept. They have to come first: mixed with others from the beginning, a few
-# thousand of them taught our models nothing.
+# one model seldom differ in this alone, and presumably looks explain enough of the ratings. Comparisons that differ in
+# nothing else do teach it, and with the mixture it is kept.
 #
 # A reward model in a folder can be a row of Table 7 as well:
 
@@ -1665,7 +1664,7 @@ plots.save(fig, "figure_29.png")
 
 # %% [markdown]
 # Both rise by more than 0.2, helpfulness from grade to grade and nearly as in the paper. The safety model makes one
-# step, between answers that give harm away and those that do not.
+# step, between answers that give harm away and those that do not; answers of grade 1 have higher scores than of grade 2.
 
 # %% [markdown]
 # ## Comparisons of people
