@@ -1450,8 +1450,8 @@ _ = compare("Table 8", "accuracy on significantly better minus on negligibly bet
 # tells much of its quality in this world.
 #
 # > Ours: the first runs had no public comparisons. The mixture then was helpfulness and safety pairs, and came to
-# > 62.9 %, so that it failed the criterion of 65 %. We chose the public comparisons and their number on the tests of the first seed, for the reason
-# > that follows.
+# > 62.9 %, so that it failed the criterion of 65 %. We chose the public comparisons and their number on the tests of
+# > the first seed, for the reason that follows.
 
 # %% [markdown]
 # ### Does it read the question?
@@ -1664,7 +1664,7 @@ plots.save(fig, "figure_29.png")
 
 # %% [markdown]
 # Both rise by more than 0.2, helpfulness from grade to grade and nearly as in the paper. The safety model makes one
-# step, between answers that give harm away and those that do not; answers of grade 1 have higher scores than of grade 2.
+# step, between answers that give harm away and those that do not; those of grade 1 have higher scores than grade 2.
 
 # %% [markdown]
 # ## Comparisons of people
