@@ -261,11 +261,17 @@ def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Lla
 
 # %%
 #| export
-def record_settings(folder: Path, config, prompts: Path):
-    "Write settings.json, or ValueError when the folder holds chunks of another configuration; all ranks call it."
+def record_settings(folder: Path, config, **files: Sequence[Path]):
+    """Write settings.json, or ValueError when the folder holds chunks of another configuration; all ranks call it.
+
+    files: those of a field of `config`, which count by their contents.
+    """
     if not dist.is_initialized() or dist.get_rank() == 0:
-        path, digest = folder / "settings.json", hashlib.sha256(prompts.read_bytes()).hexdigest()
-        ours = json.loads(json.dumps(asdict(config) | {"out": None, "prompts": digest}, default=str))
+        path = folder / "settings.json"
+        digests = {
+            name: [hashlib.sha256(file.read_bytes()).hexdigest() for file in these] for name, these in files.items()
+        }
+        ours = json.loads(json.dumps(asdict(config) | digests | {"out": None}, default=str))
         if path.exists():
             check_same(json.loads(path.read_text("utf-8")), ours, folder)
         write_atomic(path, json.dumps(ours, indent=1) + "\n")
@@ -355,7 +361,7 @@ def run(config: PairsConfig) -> Path:
     """
     with processes() as device:
         prompts = read_prompts(config.prompts, tagged=False)
-        record_settings(config.out, config, config.prompts)
+        record_settings(config.out, config, prompts=[config.prompts])
         variants = []
         for folder in config.models:
             model, tokenizer = load_checkpoint(folder, device), Tokenizer(folder)
@@ -495,7 +501,7 @@ def best(prompts: Sequence[Prompt], found: Candidates) -> list[Best]:
 #| export
 def bag(iterations: Sequence[Sequence[Best]], reward: Reward) -> list[Best]:
     "The best answers of several iterations, scored anew; of those to one prompt the best, the first of equal ones."
-    rows = [row for rows in iterations for row in rows]
+    rows = list({(json.dumps(row.prompt.messages), row.answer): row for rows in iterations for row in rows}.values())
     scores = reward([row.prompt for row in rows], [row.answer for row in rows]).combined if rows else []
     kept: dict[str, Best] = {}
     for row, r in zip(rows, scores, strict=True):
@@ -594,7 +600,7 @@ def run(config: RejectionConfig) -> Path:
     """
     with processes() as device:
         prompts = read_prompts(config.prompts, tagged=config.safety is not None)
-        record_settings(config.out, config, config.prompts)
+        record_settings(config.out, config, prompts=[config.prompts], earlier=config.earlier)
         model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
         reward = Reward(
             load_scorer(config.helpfulness, device), config.safety and load_scorer(config.safety, device), config.gate
@@ -680,7 +686,7 @@ from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint
 from llama2lib.dialog import decode_answer, encode_dialog
 from llama2lib.distributed import Parallel, StateFolder, data_ranks, make_mesh, parallelize, processes, training_tensors
 from llama2lib.formats import without_memory
-from llama2lib.generation import generate
+from llama2lib.generation import Completion, generate
 from llama2lib.model import Llama
 from llama2lib.optim import adamw
 from llama2lib.pretrain import IGNORE, MAY_CHANGE, Log, check_same, command, train_step
@@ -937,6 +943,20 @@ class Batch(NamedTuple):
     sums: Float[Tensor, "5"]
 
 
+def answered(
+    policy: Policy, tokenizer: Tokenizer, asked: Sequence[list[int]], config: PPOConfig, seeds: Sequence[int]
+) -> tuple[list[Completion], list[str], Bool[Tensor, "B"]]:
+    "Sampled answers to prompts, whose tokens are `asked`; their texts, and which of them ended."
+    device = policy.tok_embeddings.weight.device
+    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
+        made = generate(
+            generator, asked, config.max_new_tokens, config.temperature, seed=seeds, eos_id=tokenizer.eos_id
+        )
+    texts, tidy = zip(*(untagged(decode_answer(tokenizer, completion.tokens)) for completion in made), strict=True)
+    ended = [completion.finished and whole for completion, whole in zip(made, tidy, strict=True)]
+    return made, list(texts), torch.tensor(ended, device=device)
+
+
 def rollout(
     policy: Policy,
     reference: Policy,
@@ -951,13 +971,8 @@ def rollout(
 ) -> Batch:
     "Answer prompts, whose tokens are `asked`, and put rewards, values and advantages in place (Equation 4)."
     device = policy.tok_embeddings.weight.device
-    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
-        made = generate(
-            generator, asked, config.max_new_tokens, config.temperature, seed=seeds, eos_id=tokenizer.eos_id
-        )
-    said = [untagged(decode_answer(tokenizer, completion.tokens)) for completion in made]
-    finished = torch.tensor([c.finished and tidy for c, (_, tidy) in zip(made, said, strict=True)], device=device)
-    scores = reward(prompts, [text for text, _ in said])
+    made, texts, finished = answered(policy, tokenizer, asked, config, seeds)
+    scores = reward(prompts, texts)
     rows = Rows(*(x.to(device) for x in Rows.of(asked, [completion.tokens for completion in made])))
     mask = rows.targets != IGNORE
     lengths = np.array([len(ids) + len(c.tokens) - 1 for ids, c in zip(asked, made, strict=True)])
@@ -1101,21 +1116,26 @@ def optimizers_of(policy: Policy, value: Value, config: PPOConfig) -> tuple[torc
 def held_out_reward(
     policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Prompt], reward: Reward, config: PPOConfig
 ) -> float:
-    "Mean R_c, as a logit, of an answer to each prompt; of a divided policy each rank answers an equal share."
+    """Mean R_c, as a logit, of an answer to each prompt; of a divided policy each rank answers an equal share.
+
+    As in training an answer that did not end has the mean of the others plus `unfinished` standard deviations of them;
+    without any other one the result is -inf.
+    """
     rank, ranks, group = data_ranks(policy)
     mine = list(prompts)[rank : len(prompts) // ranks * ranks : ranks]
-    device = policy.tok_embeddings.weight.device
     seeds = np.random.SeedSequence([config.seed, len(prompts)]).generate_state(len(prompts))[rank::ranks][: len(mine)]
     asked = [encode_dialog(tokenizer, prompt.messages)[0] for prompt in mine]
-    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
-        made = generate(
-            generator, asked, config.max_new_tokens, config.temperature, seed=seeds.tolist(), eos_id=tokenizer.eos_id
-        )
-    texts = [untagged(decode_answer(tokenizer, completion.tokens))[0] for completion in made]
-    sums = torch.tensor([reward(mine, texts).combined.sum(), len(mine)], device=device)
+    _, texts, finished = answered(policy, tokenizer, asked, config, seeds.tolist())
+    combined = torch.tensor(reward(mine, texts).combined, device=finished.device)[finished].double()
+    sums = torch.stack([combined.sum(), combined.square().sum(), finished.sum(), combined.new_tensor(len(mine))])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    return (sums[0] / sums[1]).item()
+    total, squares, ended, count = sums.tolist()
+    if not ended:
+        return -math.inf
+    mean = total / ended
+    deviation = max(squares / ended - mean**2, 0) ** 0.5
+    return mean + config.unfinished * deviation * (1 - ended / count)
 
 
 def opened(path: str, kind: type[Llama], holds: type[Llama], mesh, parallel: Parallel, device: torch.device) -> Llama:
@@ -1204,9 +1224,10 @@ def train(
             progress |= {"step": step.step + 1, "tokens": step.tokens}
             line, last = {n: x if math.isfinite(x) else None for n, x in step._asdict().items()}, False
             if held_out and ((step.step + 1) % config.every == 0 or step.step + 1 == config.iterations):
-                line["held_out"] = held_out_reward(policy, tokenizer, held_out[0], reward, config)
-                better = progress["best"] is None or line["held_out"] > progress["best"]
-                progress |= {"best": line["held_out"], "waited": 0} if better else {"waited": progress["waited"] + 1}
+                found = held_out_reward(policy, tokenizer, held_out[0], reward, config)
+                better = progress["best"] is None or found > progress["best"]
+                progress |= {"best": found, "waited": 0} if better else {"waited": progress["waited"] + 1}
+                line["held_out"] = found if math.isfinite(found) else None
                 last = progress["waited"] >= config.patience
                 if better:
                     keep()
@@ -1342,6 +1363,7 @@ class RLHFConfig:
     best: int = 2000  # prompts of a round of rejection sampling
     annotator: Literal["people", "judge"] = "people"  # the judge of chapter 12 knows the mini world alone
     public: Path | None = None  # public comparisons: helpfulness models learn from them first, and keep them in the mix
+    mixed: bool = True  # helpfulness models learn from the comparisons of safety too, as the paper's do
     auxiliary: float = 1.0  # weight of the safety loss in the safety model
     temperature: float = 1.0  # of the answers that are measured
     seed: int = 0  # of everything that is drawn
@@ -1466,8 +1488,9 @@ def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
         for value in VALUES
     }
     public = read_preferences(config.public) if config.public else []
+    others = [*public, *rows["safety"]] if config.mixed else public
     mixtures = {
-        "helpfulness": helpfulness_mix(rows["helpfulness"], [*public, *rows["safety"]], config.seed),
+        "helpfulness": helpfulness_mix(rows["helpfulness"], others, config.seed),
         "safety": safety_mix(rows["safety"], rows["helpfulness"], config.seed),
     }
     models = {}
@@ -1552,10 +1575,10 @@ RLHF = {
             "collect collect reward bag tune",
             "collect collect reward bag tune collect collect reward ppo",
         ),
-        batch=1000, best=1000, annotator="judge",
+        batch=1000, best=1000, annotator="judge", mixed=False,
         pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
-        rejection=replace(REJECTION["mini"], temperature=0.5), sft=SFT["mini"],
-        ppo=replace(PPO["mini"], iterations=24, beta=0.1, lr=1e-4, every=4),
+        rejection=replace(REJECTION["mini"], temperatures=(0.3, 0.5, 0.7)), sft=SFT["mini"],
+        ppo=replace(PPO["mini"], iterations=48, every=4),
     ),
 }  # fmt: skip
 

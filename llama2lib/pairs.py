@@ -58,7 +58,7 @@ def run(config: PairsConfig) -> Path:
     """
     with processes() as device:
         prompts = read_prompts(config.prompts, tagged=False)
-        record_settings(config.out, config, config.prompts)
+        record_settings(config.out, config, prompts=[config.prompts])
         variants = []
         for folder in config.models:
             model, tokenizer = load_checkpoint(folder, device), Tokenizer(folder)

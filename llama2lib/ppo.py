@@ -9,6 +9,7 @@ __all__ = [
     "PPO",
     "PPOStep",
     "Batch",
+    "answered",
     "rollout",
     "update",
     "ppo",
@@ -46,7 +47,7 @@ from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint
 from llama2lib.dialog import decode_answer, encode_dialog
 from llama2lib.distributed import Parallel, StateFolder, data_ranks, make_mesh, parallelize, processes, training_tensors
 from llama2lib.formats import without_memory
-from llama2lib.generation import generate
+from llama2lib.generation import Completion, generate
 from llama2lib.model import Llama
 from llama2lib.optim import adamw
 from llama2lib.pretrain import IGNORE, MAY_CHANGE, Log, check_same, command, train_step
@@ -210,6 +211,20 @@ class Batch(NamedTuple):
     sums: Float[Tensor, "5"]
 
 
+def answered(
+    policy: Policy, tokenizer: Tokenizer, asked: Sequence[list[int]], config: PPOConfig, seeds: Sequence[int]
+) -> tuple[list[Completion], list[str], Bool[Tensor, "B"]]:
+    "Sampled answers to prompts, whose tokens are `asked`; their texts, and which of them ended."
+    device = policy.tok_embeddings.weight.device
+    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
+        made = generate(
+            generator, asked, config.max_new_tokens, config.temperature, seed=seeds, eos_id=tokenizer.eos_id
+        )
+    texts, tidy = zip(*(untagged(decode_answer(tokenizer, completion.tokens)) for completion in made), strict=True)
+    ended = [completion.finished and whole for completion, whole in zip(made, tidy, strict=True)]
+    return made, list(texts), torch.tensor(ended, device=device)
+
+
 def rollout(
     policy: Policy,
     reference: Policy,
@@ -224,13 +239,8 @@ def rollout(
 ) -> Batch:
     "Answer prompts, whose tokens are `asked`, and put rewards, values and advantages in place (Equation 4)."
     device = policy.tok_embeddings.weight.device
-    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
-        made = generate(
-            generator, asked, config.max_new_tokens, config.temperature, seed=seeds, eos_id=tokenizer.eos_id
-        )
-    said = [untagged(decode_answer(tokenizer, completion.tokens)) for completion in made]
-    finished = torch.tensor([c.finished and tidy for c, (_, tidy) in zip(made, said, strict=True)], device=device)
-    scores = reward(prompts, [text for text, _ in said])
+    made, texts, finished = answered(policy, tokenizer, asked, config, seeds)
+    scores = reward(prompts, texts)
     rows = Rows(*(x.to(device) for x in Rows.of(asked, [completion.tokens for completion in made])))
     mask = rows.targets != IGNORE
     lengths = np.array([len(ids) + len(c.tokens) - 1 for ids, c in zip(asked, made, strict=True)])
@@ -368,21 +378,26 @@ def optimizers_of(policy: Policy, value: Value, config: PPOConfig) -> tuple[torc
 def held_out_reward(
     policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Prompt], reward: Reward, config: PPOConfig
 ) -> float:
-    "Mean R_c, as a logit, of an answer to each prompt; of a divided policy each rank answers an equal share."
+    """Mean R_c, as a logit, of an answer to each prompt; of a divided policy each rank answers an equal share.
+
+    As in training an answer that did not end has the mean of the others plus `unfinished` standard deviations of them;
+    without any other one the result is -inf.
+    """
     rank, ranks, group = data_ranks(policy)
     mine = list(prompts)[rank : len(prompts) // ranks * ranks : ranks]
-    device = policy.tok_embeddings.weight.device
     seeds = np.random.SeedSequence([config.seed, len(prompts)]).generate_state(len(prompts))[rank::ranks][: len(mine)]
     asked = [encode_dialog(tokenizer, prompt.messages)[0] for prompt in mine]
-    with consolidated(policy, torch.bfloat16 if device.type == "cuda" else None) as generator:
-        made = generate(
-            generator, asked, config.max_new_tokens, config.temperature, seed=seeds.tolist(), eos_id=tokenizer.eos_id
-        )
-    texts = [untagged(decode_answer(tokenizer, completion.tokens))[0] for completion in made]
-    sums = torch.tensor([reward(mine, texts).combined.sum(), len(mine)], device=device)
+    _, texts, finished = answered(policy, tokenizer, asked, config, seeds.tolist())
+    combined = torch.tensor(reward(mine, texts).combined, device=finished.device)[finished].double()
+    sums = torch.stack([combined.sum(), combined.square().sum(), finished.sum(), combined.new_tensor(len(mine))])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    return (sums[0] / sums[1]).item()
+    total, squares, ended, count = sums.tolist()
+    if not ended:
+        return -math.inf
+    mean = total / ended
+    deviation = max(squares / ended - mean**2, 0) ** 0.5
+    return mean + config.unfinished * deviation * (1 - ended / count)
 
 
 def opened(path: str, kind: type[Llama], holds: type[Llama], mesh, parallel: Parallel, device: torch.device) -> Llama:
@@ -471,9 +486,10 @@ def train(
             progress |= {"step": step.step + 1, "tokens": step.tokens}
             line, last = {n: x if math.isfinite(x) else None for n, x in step._asdict().items()}, False
             if held_out and ((step.step + 1) % config.every == 0 or step.step + 1 == config.iterations):
-                line["held_out"] = held_out_reward(policy, tokenizer, held_out[0], reward, config)
-                better = progress["best"] is None or line["held_out"] > progress["best"]
-                progress |= {"best": line["held_out"], "waited": 0} if better else {"waited": progress["waited"] + 1}
+                found = held_out_reward(policy, tokenizer, held_out[0], reward, config)
+                better = progress["best"] is None or found > progress["best"]
+                progress |= {"best": found, "waited": 0} if better else {"waited": progress["waited"] + 1}
+                line["held_out"] = found if math.isfinite(found) else None
                 last = progress["waited"] >= config.patience
                 if better:
                     keep()

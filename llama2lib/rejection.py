@@ -105,7 +105,7 @@ def best(prompts: Sequence[Prompt], found: Candidates) -> list[Best]:
 
 def bag(iterations: Sequence[Sequence[Best]], reward: Reward) -> list[Best]:
     "The best answers of several iterations, scored anew; of those to one prompt the best, the first of equal ones."
-    rows = [row for rows in iterations for row in rows]
+    rows = list({(json.dumps(row.prompt.messages), row.answer): row for rows in iterations for row in rows}.values())
     scores = reward([row.prompt for row in rows], [row.answer for row in rows]).combined if rows else []
     kept: dict[str, Best] = {}
     for row, r in zip(rows, scores, strict=True):
@@ -197,7 +197,7 @@ def run(config: RejectionConfig) -> Path:
     """
     with processes() as device:
         prompts = read_prompts(config.prompts, tagged=config.safety is not None)
-        record_settings(config.out, config, config.prompts)
+        record_settings(config.out, config, prompts=[config.prompts], earlier=config.earlier)
         model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
         reward = Reward(
             load_scorer(config.helpfulness, device), config.safety and load_scorer(config.safety, device), config.gate

@@ -86,6 +86,7 @@ class RLHFConfig:
     best: int = 2000  # prompts of a round of rejection sampling
     annotator: Literal["people", "judge"] = "people"  # the judge of chapter 12 knows the mini world alone
     public: Path | None = None  # public comparisons: helpfulness models learn from them first, and keep them in the mix
+    mixed: bool = True  # helpfulness models learn from the comparisons of safety too, as the paper's do
     auxiliary: float = 1.0  # weight of the safety loss in the safety model
     temperature: float = 1.0  # of the answers that are measured
     seed: int = 0  # of everything that is drawn
@@ -203,8 +204,9 @@ def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
         for value in VALUES
     }
     public = read_preferences(config.public) if config.public else []
+    others = [*public, *rows["safety"]] if config.mixed else public
     mixtures = {
-        "helpfulness": helpfulness_mix(rows["helpfulness"], [*public, *rows["safety"]], config.seed),
+        "helpfulness": helpfulness_mix(rows["helpfulness"], others, config.seed),
         "safety": safety_mix(rows["safety"], rows["helpfulness"], config.seed),
     }
     models = {}
@@ -282,10 +284,10 @@ RLHF = {
             "collect collect reward bag tune",
             "collect collect reward bag tune collect collect reward ppo",
         ),
-        batch=1000, best=1000, annotator="judge",
+        batch=1000, best=1000, annotator="judge", mixed=False,
         pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
-        rejection=replace(REJECTION["mini"], temperature=0.5), sft=SFT["mini"],
-        ppo=replace(PPO["mini"], iterations=24, beta=0.1, lr=1e-4, every=4),
+        rejection=replace(REJECTION["mini"], temperatures=(0.3, 0.5, 0.7)), sft=SFT["mini"],
+        ppo=replace(PPO["mini"], iterations=48, every=4),
     ),
 }  # fmt: skip
 

@@ -190,11 +190,17 @@ def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Lla
 
 # ---------- chapters/05_rlhf.py · Work in chunks
 
-def record_settings(folder: Path, config, prompts: Path):
-    "Write settings.json, or ValueError when the folder holds chunks of another configuration; all ranks call it."
+def record_settings(folder: Path, config, **files: Sequence[Path]):
+    """Write settings.json, or ValueError when the folder holds chunks of another configuration; all ranks call it.
+
+    files: those of a field of `config`, which count by their contents.
+    """
     if not dist.is_initialized() or dist.get_rank() == 0:
-        path, digest = folder / "settings.json", hashlib.sha256(prompts.read_bytes()).hexdigest()
-        ours = json.loads(json.dumps(asdict(config) | {"out": None, "prompts": digest}, default=str))
+        path = folder / "settings.json"
+        digests = {
+            name: [hashlib.sha256(file.read_bytes()).hexdigest() for file in these] for name, these in files.items()
+        }
+        ours = json.loads(json.dumps(asdict(config) | digests | {"out": None}, default=str))
         if path.exists():
             check_same(json.loads(path.read_text("utf-8")), ours, folder)
         write_atomic(path, json.dumps(ours, indent=1) + "\n")

@@ -16,7 +16,7 @@ from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.dialog import encode_dialog
 from llama2lib.distributed import Parallel, StateFolder
 from llama2lib.launch import torchrun_arguments
-from llama2lib.ppo import PPO, PPOConfig, gae, ppo, ppo_loss, ppo_losses, rollout, run, value_losses
+from llama2lib.ppo import PPO, PPOConfig, gae, held_out_reward, ppo, ppo_loss, ppo_losses, rollout, run, value_losses
 from llama2lib.pretrain import IGNORE
 from llama2lib.reward import RewardModel, score
 from llama2lib.rollout import Prompt, Reward, policy_of, value_of, whiten, write_prompts
@@ -313,6 +313,20 @@ def test_the_best_version_on_held_out_prompts_is_kept(recipe, tmp_path, monkeypa
     run(two)
     one, other = (load_checkpoint(folder / "model").state_dict() for folder in (recipe.out, two.out))
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def test_an_answer_that_did_not_end_is_held_against_the_policy(models, tokenizer, monkeypatch):
+    "As in training: a deviation below the mean of the answers that ended, whatever its own score is."
+    policy, said = models[0], ["1", "9", "5", "3"]
+    rated = Reward(lambda dialogs: np.array([float(dialog[-1]["content"]) for dialog in dialogs]))
+
+    def look(ended):
+        monkeypatch.setattr(module, "answered", lambda *_: (None, said, torch.tensor(ended)))
+        return held_out_reward(policy, tokenizer, PROMPTS[:4], rated, CONFIG)
+
+    assert look([True] * 4) == pytest.approx(4.5)
+    assert look([True, False, True, True]) == pytest.approx(3 - (8 / 3) ** 0.5 / 4)
+    assert look([False] * 4) == -np.inf
 
 
 def test_a_reward_model_of_another_tokenizer_is_refused(recipe, tmp_path):

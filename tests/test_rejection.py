@@ -38,6 +38,9 @@ def test_the_bag_scores_anew_and_keeps_the_best_answer_of_a_prompt():
     expected = ("long answer", 11.0), ("ab", 2.0), ("c", 1.0), ("b", 1.0)
     assert found == [Best(PROMPTS[n], *row) for n, row in enumerate(expected)]
     assert bag([], Reward(length)) == []
+    seen = []
+    assert len(bag([old, [*old, *new]], Reward(lambda dialogs: seen.extend(dialogs) or length(dialogs)))) == 4
+    assert len(seen) == 6  # an answer that stands in two bags is scored once
 
 
 def test_candidates_are_in_the_order_of_the_prompts(chat, tokenizer):
@@ -110,6 +113,9 @@ def test_earlier_iterations_join(recipe, tmp_path):
     write_best(tmp_path / "v1.jsonl", [Best(Prompt([{"role": "user", "content": "ten nine"}], False), "eight", 0.0)])
     rows = read_best(run(replace(recipe, earlier=(tmp_path / "v1.jsonl",))))
     assert rows[0].answer == "eight" and rows[0].reward != 0.0
+    write_best(tmp_path / "v1.jsonl", [])
+    with pytest.raises(ValueError, match="earlier"):
+        run(replace(recipe, earlier=(tmp_path / "v1.jsonl",)))
     (tmp_path / "v1.jsonl").write_text(json.dumps({"messages": []}) + "\n")
     with pytest.raises(ValueError, match=r"v1\.jsonl:1: not a line of best\.jsonl"):
         read_best(tmp_path / "v1.jsonl")
