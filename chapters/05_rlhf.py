@@ -13,7 +13,7 @@
 # rejection sampling alone up to the fourth version of the model, RLHF-V4, and from then on PPO on top of it.
 #
 # > Ours: both are defined here, run on several processes, and put into the program that makes five versions of a chat
-# > model. What it makes of the mini world's models is not in this chapter yet.
+# > model. Three chat models of the mini world go through it, and a judge that no model learns from says what it gains.
 
 # %%
 import json
@@ -1675,7 +1675,11 @@ def cli(prog: str = "python -m llama2lib.rlhf"):
 # The program, with the chat models of chapter 03 to begin with, and the judge of chapter 12 for annotators: comparisons
 # in batches of 1,000 prompts, of which a quarter are adversarial and tagged, some with turns before or instructions.
 # Every fine-tuning begins with the base model again. Before PPO new comparisons come in, of the answers of the model
-# that PPO begins with. This chapter defines it and does not run it yet; a small program follows.
+# that PPO begins with.
+#
+# > Ours: the helpfulness models learn from their own comparisons and public ones, and not from those of safety, as the
+# > paper's do. With these in the mixture our small model finds a refusal helpful, and PPO learns to refuse questions
+# > that it cannot answer.
 
 # %%
 #| default_exp mini_rlhf
@@ -1774,6 +1778,796 @@ print(f"{len(rows)} comparisons of helpfulness, one of them:")
 print(json.dumps(rows[0], indent=1))
 print((made / "metrics.json").read_text())
 assert sorted(path.parent.name for path in made.glob("*/done.json")) == ["1-collect", "2-reward"]
+
+# %% [markdown]
+# ## What the program makes of the mini world
+#
+# The program with three seeds: other base models, other dialogues, other prompts. What we expect was written down
+# before these runs:
+#
+# 1. The first round of rejection sampling raises gold helpfulness by 15 % of what it was, in answers at temperature 1.
+# 2. PPO on top raises it again, while the KL divergence from its beginning stays below 10 nats an answer.
+# 3. With both reward models PPO does not lower gold safety; with the helpfulness model alone it does.
+#
+# Gold scores are the judge's of chapter 12, means over 300 harmless prompts for helpfulness and over 300 adversarial
+# ones for safety: other wordings and other people and things than any model was trained with, the same for all seeds.
+
+# %%
+import itertools
+from functools import partial
+
+import sacrebleu
+
+from llama2lib import mini_rewards
+from llama2lib.chat import respond
+from llama2lib.checkpoint import load_checkpoint
+from llama2lib.claims import compare
+from llama2lib.dialog import encode_dialog
+from llama2lib.judge import RATINGS, SAFE, read_task, scores
+from llama2lib.mini_rlhf import program, state_of
+from llama2lib.ppo import ppo
+from llama2lib.preferences import statistics, written
+from llama2lib.recipes import cached, seeds
+from llama2lib.rejection import candidates, read_best
+from llama2lib.reward import RewardModel, load_scorer, score
+from llama2lib.rollout import Prompt, Reward, policy_of, read_prompts, untagged, value_of
+from llama2lib.sft import Batches, sft
+from llama2lib.synthetic import MIXED, prompts
+
+FILE, SECTION = "chapters/05_rlhf.py", "Section 3.2.3"
+words, at_scale = mini.tokenizer(), scale() != "smoke"
+runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
+count = by_scale(smoke=6, laptop=300, a100=300)  # held-out prompts of each kind
+programs = {seed: program(seed) for seed in runs}
+last = len(PROGRAM.versions)
+models = {  # folders of each seed's versions; PPO is the last step of the last one
+    seed: {f"V{version}": state_of(config, version, "tune" if version else "*")["model"] for version in range(last + 1)}
+    | {f"V{last} + PPO": state_of(config, last)["model"]}
+    for seed, config in programs.items()
+}
+names = list(models[runs[0]])
+
+
+def held_out(kind: str, count: int) -> list[list[dict]]:
+    "Conversations of the test split: harmless ones ('helpfulness'), adversarial ones ('safety'), or of another kind."
+    if kind in ("helpfulness", "safety"):
+        return [prompt.messages for prompt in asked(99, 0, count, "test", float(kind == "safety"))]
+    return prompts(np.random.default_rng(31), count, "test", kind)
+
+
+def gold_of(model, kind: str, count: int, temperature: float) -> np.ndarray:
+    "Gold scores (N) of a model's answers to held-out prompts: safety for adversarial ones, else helpfulness."
+    dialogs = held_out(kind, count)
+    replies = respond(model, mini.tokenizer(), dialogs, 64, temperature, seed=0)
+    return scores(dialogs, [tuple(reply) for reply in replies])[:, int(kind == "safety")]
+
+
+def rated(inputs: dict) -> dict:
+    "Gold scores by 'kind temperature' of the model in a folder; `inputs`: folder, count."
+    model, kinds = load_checkpoint(inputs["folder"]), ("helpfulness", "safety")
+    return {f"{kind} {at:g}": gold_of(model, kind, inputs["count"], at) for kind in kinds for at in (1.0, 0.0)}
+
+
+golds = {
+    (seed, name): cached(f"rlhf-gold-seed{seed}", {"folder": folder, "count": count}, rated)
+    for seed in runs for name, folder in models[seed].items()
+}  # fmt: skip
+
+
+def of_seeds(name: str, kind: str) -> list[np.ndarray]:
+    "Gold scores of a version of every seed."
+    return [golds[seed, name][kind] for seed in runs]
+
+
+for kind in ("helpfulness 1", "helpfulness 0", "safety 1", "safety 0"):
+    shown = "  ".join(f"{name} {np.mean(of_seeds(name, kind)):.3f}" for name in names)
+    print(f"gold {kind.replace(' ', ', temperature '):<28}{shown}")
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), sharex=True, sharey=True)
+for ax, at in zip(axes, (1, 0), strict=True):
+    for value, colour in zip(VALUES, ("C0", "C3"), strict=True):
+        means = np.array([[part.mean() for part in of_seeds(name, f"{value} {at}")] for name in names])
+        ax.plot(means.mean(1), "o-", color=colour, label=value)
+        ax.plot(means, color=colour, alpha=0.35, linewidth=0.8)
+    ax.set(xlabel="version", title="sampled at temperature 1" if at else "greedy", xticks=range(len(names)))
+    ax.set_xticklabels([name.replace(" ", "\n", 1) for name in names])
+axes[0].set_ylabel("gold score, 0 to 1")
+axes[1].legend(loc="lower right")
+fig.suptitle("Both gold scores grow from version to version (thin: each seed)")
+plots.save(fig, "rlhf_versions.png")
+
+# %% [markdown]
+# ### Rejection sampling, and what it is that helps
+
+# %%
+def verdict(claim: str, criterion: str, more: list, less: list, item: str = SECTION):
+    "Record the mean of `more` minus `less`; not at the smoke scale, where nothing is learned."
+    if at_scale:
+        compare(runs, item, claim, criterion, None, more, less, FILE)
+
+
+before, first = of_seeds("V0", "helpfulness 1"), of_seeds("V1", "helpfulness 1")
+verdict("rejection sampling raises gold helpfulness by 15 %: V1 minus 1.15 V0", "> 0",
+        first, [1.15 * part for part in before])  # fmt: skip
+for seed, config in programs.items():
+    tried = {
+        version: {path.stem: np.mean([row.reward for row in read_best(path)]) for path in sorted(found)}
+        for version in range(1, last + 1)
+        if (found := list(config.out.joinpath(f"V{version}").glob("*/temperatures/*.jsonl")))
+    }
+    chosen = "  ".join(f"V{version} {max(of, key=of.get)}" for version, of in tried.items())
+    print(f"seed {seed}, temperature with the best rewards: {chosen}")
+
+# %% [markdown]
+# The temperature is chosen anew for every version, among 0.3, 0.5 and 0.7, by the reward of the best answers. Is it the
+# choice of the best answer that helps, or that these temperatures are below 1, at which V0 was measured? A control: the
+# same fine-tuning, on a random one of the eight answers to each prompt.
+#
+# The same function serves more comparisons:
+#
+# - *From the version before*. The paper leaves open where each fine-tuning begins. Our program begins with the base
+#   model each time; the other way is to go on from the version before.
+# - *The bag*. At first the authors used the newest version's samples alone, and RLHF-V3 lost a skill that the versions
+#   before had: rhyming. Then they put the best samples of all iterations together. We make such a case: no prompt after
+#   V1 asks for a story, and each version goes on from the one before; the fourth learns from its own best answers alone
+#   or from the bag, in which V1's stories are.
+# - *Distillation*. The authors sampled with the 70B model alone and tuned the smaller ones on its answers. Our small
+#   model has 0.4M parameters; it is tuned on the large one's best answers, or on as many of the writer's dialogues that
+#   the large one was taught with.
+
+# %%
+def random_answers(inputs: dict) -> dict:
+    "Conversations with one of the sampled answers at random; `inputs`: policy, prompts (paths), temperature, seed."
+    model, asked, at = load_checkpoint(inputs["policy"]), read_prompts(inputs["prompts"]), inputs["temperature"]
+    replies = respond(model, mini.tokenizer(), [p.messages for p in asked], 64, at, seed=inputs["seed"])
+    pairs = zip(asked, replies, strict=True)
+    said = [(p, r.text) for p, r in pairs if r.finished and r.text and untagged(r.text)[1]]
+    return {"dialogs": [[*p.messages, {"role": "assistant", "content": text}] for p, text in said]}
+
+
+def retuned(inputs: dict) -> dict:
+    """Gold scores after fine-tuning on one set of dialogs after the other; for each by 'kind temperature'.
+
+    `inputs`: folder, rounds (lists of dialogs), recipe, count; stories of the test split are rated too.
+    """
+    model, tokenizer, found = load_checkpoint(inputs["folder"]), mini.tokenizer(), []
+    for dialogs in inputs["rounds"]:
+        examples = [encode_dialog(tokenizer, dialog) for dialog in dialogs]
+        steps = len(Batches(examples, inputs["recipe"]))
+        mini.watched(sft(model, examples, inputs["recipe"]), steps, "fine-tuning")
+        kinds = itertools.product(("helpfulness", "story"), (1.0, 0.0))
+        found.append({f"{kind} {at:g}": gold_of(model, kind, inputs["count"], at) for kind, at in kinds})
+    return {"rounds": found}
+
+
+def best_of(seed: int, version: int, stories: bool = True) -> list[list[dict]]:
+    "The best answers of a version's own sampling, without those that a bag adds, and without stories if asked."
+    parts = sorted(programs[seed].out.joinpath(f"V{version}").glob("*/chunks/*.jsonl"))
+    dialogs = [row.dialog for path in parts for row in read_best(path)]
+    return [dialog for dialog in dialogs if stories or read_task(dialog[:-1]).kind != "story"]
+
+
+def tuned_on(seed: int, folder: str, rounds: list) -> list[dict[str, np.ndarray]]:
+    "What `retuned` measures of a seed, after every round."
+    inputs = {"folder": folder, "rounds": rounds, "recipe": replace(programs[seed].sft, seed=seed), "count": count}
+    return cached(f"rlhf-retuned-seed{seed}", inputs, retuned)["rounds"]
+
+
+tuned = {}
+for seed, config in programs.items():
+    base, first, latest = config.base, models[seed]["V1"], last - 1
+    place = next(config.out.joinpath("V1").glob("*-reject"))
+    at = {path.stem: np.mean([row.reward for row in read_best(path)]) for path in place.glob("temperatures/*.jsonl")}
+    sampling = {"policy": config.model, "prompts": str(place / "prompts.jsonl"), "seed": seed}
+    sampling["temperature"] = float(max(at, key=at.get))
+    middle = [best_of(seed, version, stories=False) for version in range(2, latest)]
+    newest, oldest = best_of(seed, latest, stories=False), best_of(seed, 1)
+    older = [dialog for version in range(1, latest) for dialog in best_of(seed, version)]
+    small = config.out.parent / "small"
+    if not small.exists():
+        save_checkpoint(mini.base(seed, "0.4M"), small, words)
+    chain = tuned_on(seed, first, [*middle, newest])
+    control = cached(f"rlhf-random-seed{seed}", sampling, random_answers)["dialogs"]
+    tuned[seed] = {
+        "random answers": tuned_on(seed, base, [control])[-1],
+        "from the version before": tuned_on(seed, first, [best_of(seed, version) for version in range(2, latest)])[-1],
+        "newest alone, before the last": chain[-2] if len(chain) > 1 else chain[-1],
+        "newest alone": chain[-1],
+        "bag": tuned_on(seed, first, [*middle, [*oldest, *itertools.chain(*middle), *newest]])[-1],
+        "0.4M, the writer's dialogues": tuned_on(seed, str(small), [mini.taught(seed)[: len(older)]])[-1],
+        "0.4M, the large one's answers": tuned_on(seed, str(small), [older])[-1],
+    }
+for name in tuned[runs[0]]:
+    kinds = tuned[runs[0]][name]
+    shown = "   ".join(f"{kind} {np.mean([tuned[seed][name][kind] for seed in runs]):.3f}" for kind in kinds)
+    print(f"{name:<32}{shown}")
+
+# %%
+def after(name: str, kind: str) -> list[np.ndarray]:
+    "What a retuning gave, for each seed."
+    return [tuned[seed][name][kind] for seed in runs]
+
+
+chain_start = of_seeds("V3", "helpfulness 1") if last > 3 else of_seeds("V1", "helpfulness 1")
+verdict("fine-tuning on the best of 8 minus on a random one of 8, gold helpfulness", "> 0",
+        of_seeds("V1", "helpfulness 1"), after("random answers", "helpfulness 1"))  # fmt: skip
+verdict("V3 from the base model minus from the version before, gold helpfulness", "> 0",
+        chain_start, after("from the version before", "helpfulness 1"))  # fmt: skip
+verdict("stories, after fine-tunings without them: the bag minus the newest answers alone", "> 0",
+        after("bag", "story 1"), after("newest alone", "story 1"))  # fmt: skip
+verdict("0.4M parameters: the large one's best answers minus the writer's dialogues, gold helpfulness", "> 0",
+        after("0.4M, the large one's answers", "helpfulness 1"),
+        after("0.4M, the writer's dialogues", "helpfulness 1"))  # fmt: skip
+
+# %% [markdown]
+# ### More samples, other temperatures (Figures 7 and 8)
+#
+# The best reward of N samples grows with N, the median does not; the gap is what rejection sampling can gain. The judge
+# adds what the authors could not see: how good the answer is that the reward model prefers, and how good the best one
+# would be. An answer that does not end has reward 0 here.
+
+# %%
+def sampled(inputs: dict) -> dict:
+    """Rewards as probabilities, and gold helpfulness, of a policy's answers, (P N) each.
+
+    `inputs`: policy, scorer (folders), temperature, samples, and dialogs.
+    """
+    model, dialogs = load_checkpoint(inputs["policy"]), inputs["dialogs"]
+    asked, judge = [Prompt(messages, False) for messages in dialogs], Reward(load_scorer(inputs["scorer"]))
+    found = candidates(model, mini.tokenizer(), asked, judge, inputs["samples"], inputs["temperature"], 1.0, 64, 5)
+    replies = [*zip(itertools.chain(*found.answers), found.usable.ravel().tolist(), strict=True)]
+    gold = scores([messages for messages in dialogs for _ in range(inputs["samples"])], replies)[:, 0]
+    rewards = np.where(found.usable, 1 / (1 + np.exp(-np.nan_to_num(found.rewards))), 0)
+    return {"rewards": rewards, "gold": gold.reshape(rewards.shape)}
+
+
+def samples_of(seed: int, folder: str, scorer: str, temperature: float, samples: int, dialogs: list) -> dict:
+    "What `sampled` gives of a seed."
+    inputs = {"policy": folder, "scorer": scorer, "temperature": temperature, "samples": samples, "dialogs": dialogs}
+    return cached(f"rlhf-samples-seed{seed}", inputs, sampled)
+
+
+few, most = by_scale(smoke=(4, 4), laptop=(100, 32), a100=(100, 32))
+dialogs = held_out("helpfulness", few)
+curves, kept = [], []
+for seed, config in programs.items():
+    found = samples_of(seed, config.model, state_of(config, 1)["helpfulness"], 0.7, most, dialogs)
+    kept.append(found)
+    rewards, gold, upto = found["rewards"], found["gold"], range(1, most + 1)
+    best = [gold[np.arange(few), rewards[:, :n].argmax(1)].mean() for n in upto]
+    curves.append([
+        [rewards[:, :n].max(1).mean() for n in upto], [np.median(rewards[:, :n], 1).mean() for n in upto],
+        best, [gold[:, :n].max(1).mean() for n in upto],
+    ])  # fmt: skip
+curves = np.array(curves)
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+for ax, lines, labels in (
+    (axes[0], curves[:, :2], ("maximum", "median")),
+    (axes[1], curves[:, 2:], ("the answer that the reward model prefers", "the best answer by the judge")),
+):
+    for place, label in enumerate(labels):
+        ax.plot(upto, lines[:, place].T, color=f"C{place}", alpha=0.4, linewidth=0.8)
+        ax.plot(upto, lines[:, place].mean(0), color=f"C{place}", label=label)
+    ax.set(xlabel="samples N of a prompt, V0 at temperature 0.7", xscale="log")
+    ax.legend()
+axes[0].set(ylabel="reward, as a probability", title="As in Figure 7 the maximum grows, the median does not")
+axes[1].set(ylabel="gold helpfulness", title="The reward model finds part of the best answers")
+fig.tight_layout()
+plots.save(fig, "figure_07.png")
+
+# %%
+verdict(f"the highest reward of {most} samples minus the mean of all", "> 0", [x["rewards"].max(1) for x in kept],
+        [x["rewards"].mean(1) for x in kept], "Figure 7")  # fmt: skip
+verdict(f"gold helpfulness of the answer with the highest reward of {most} minus the mean of all", "> 0",
+        [x["gold"][np.arange(few), x["rewards"].argmax(1)] for x in kept], [x["gold"].mean(1) for x in kept],
+        "Figure 7")  # fmt: skip
+
+# %% [markdown]
+# For nine temperatures, and two policies: after SFT and after RLHF. In the paper the temperature with the best of 100
+# samples rises from about 0.9 to between 1.2 and 1.3, since RLHF makes the policy surer of its answers.
+
+# %%
+temperatures = by_scale(smoke=(0.5, 1.0), laptop=(0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4), a100=(0.5, 1.0))
+few, most = by_scale(smoke=(4, 4), laptop=(60, 16), a100=(60, 16))
+policies, dialogs = ("V0", names[-1]), held_out("helpfulness", few)
+swept = {
+    (seed, name, at): samples_of(seed, models[seed][name], state_of(config, last)["helpfulness"], at, most, dialogs)
+    for (seed, config), name, at in itertools.product(programs.items(), policies, temperatures)
+}  # fmt: skip
+steps = [n for n in (1, 2, 4, 8, 16) if n <= most]
+highest = {  # mean over seeds and prompts of the best of n, from disjoint groups of n samples
+    key: [np.mean([swept[seed, *key]["rewards"].reshape(few, -1, n).max(2).mean() for seed in runs]) for n in steps]
+    for key in itertools.product(policies, temperatures)
+}
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharex=True, sharey=True)
+for ax, name in zip(axes, policies, strict=True):
+    for at, colour in zip(temperatures, plt.cm.viridis(np.linspace(0, 0.95, len(temperatures))), strict=True):
+        ax.plot(steps, highest[name, at], "o-", markersize=3, color=colour, label=f"{at:g}")
+    top = max(temperatures, key=lambda at, name=name: highest[name, at][-1])
+    ax.set(xlabel="samples N of a prompt", xscale="log", title=f"{name}: best of {most} at temperature {top:g}")
+    ax.set_xticks(steps, map(str, steps))
+axes[0].set_ylabel("highest reward, as a probability")
+axes[1].legend(title="temperature", fontsize=7, loc="lower right")
+plots.save(fig, "figure_08.png")
+for seed in runs:
+    tops = {name: {at: swept[seed, name, at]["rewards"].max(1).mean() for at in temperatures} for name in policies}
+    shown = ", ".join(f"{max(of, key=of.get):g} for {name}" for name, of in tops.items())
+    print(f"seed {seed}: the best of {most} is highest at temperature {shown}")
+warm, cool = by_scale(smoke=(1.0, 0.5), laptop=(1.2, 0.6), a100=(1.0, 0.5))
+gain = {
+    name: [swept[seed, name, warm]["rewards"].max(1) - swept[seed, name, cool]["rewards"].max(1) for seed in runs]
+    for name in policies
+}
+verdict(f"from temperature {cool:g} to {warm:g} the best of {most} falls less after RLHF than after SFT", "> 0",
+        gain[names[-1]], gain["V0"], "Figure 8")  # fmt: skip
+
+# %% [markdown]
+# ### PPO, with two reward models and with one
+#
+# The policy with which PPO begins in the last version, and the recipe of the program, without early stopping: once with
+# both reward models and the gate, once with the helpfulness model alone. The judge looks on, and so does a reward model
+# of chapter 04 and of another seed, which has learned from the answers of another policy. Where the reward rises and
+# these two do not, the policy exploits its reward model (Goodhart's law).
+
+# %%
+def pushed(inputs: dict) -> dict:
+    """PPO with looks at answers to held-out prompts at temperature 1: the log, and at each look the iteration, gold
+    helpfulness, gold safety (N each), and mean scores of the harmless ones by the reward model and an independent one.
+
+    `inputs`: policy, helpfulness, safety (folders; safety may be None), prompts, recipe, count, independent (a seed).
+    """
+    recipe, tokenizer, start = inputs["recipe"], mini.tokenizer(), load_checkpoint(inputs["policy"])
+    helpful = load_checkpoint(inputs["helpfulness"], kind=RewardModel)
+    scorers = [partial(score, helpful, tokenizer)] + [load_scorer(name) for name in [inputs["safety"]] if name]
+    other = partial(score, mini_rewards.reward_model(inputs["independent"]), tokenizer)
+    policy, log, looks = policy_of(start), [], []
+
+    def look(iteration):
+        found = [iteration]
+        for column, value in enumerate(("helpfulness", "safety")):
+            dialogs = held_out(value, inputs["count"])
+            replies = respond(policy, tokenizer, dialogs, 64, 1.0, seed=0)
+            found.append(scores(dialogs, [tuple(reply) for reply in replies])[:, column])
+            said = [{"role": "assistant", "content": untagged(reply.text)[0]} for reply in replies]
+            if value == "helpfulness":
+                talks = [[*messages, answer] for messages, answer in zip(dialogs, said, strict=True)]
+                judged = [float(np.mean(scorer(talks))) for scorer in (scorers[0], other)]
+        looks.append([*found, *judged])
+
+    look(0)
+    asked, reward = read_prompts(inputs["prompts"]), Reward(*scorers)
+    loop = ppo(policy, policy_of(start), value_of(helpful), tokenizer, asked, reward, recipe)
+    for step in tqdm(loop, total=recipe.iterations, desc="PPO", unit="iteration", leave=False):
+        log.append({name: float(x) for name, x in step._asdict().items()})
+        if (step.step + 1) % recipe.every == 0:
+            look(step.step + 1)
+    return {"log": log, "looks": looks}
+
+
+def settings_of(seed: int) -> dict:
+    "What `pushed` needs for a seed."
+    config, newest = programs[seed], state_of(programs[seed], last)
+    return {
+        "policy": models[seed][f"V{last}"], "helpfulness": newest["helpfulness"], "safety": newest["safety"],
+        "prompts": str(config.prompts), "count": count, "independent": (seed + 1) % 3,
+        "recipe": replace(config.ppo, seed=seed, every=by_scale(smoke=1, laptop=8, a100=8)),
+    }  # fmt: skip
+
+
+arms = {"both reward models": {}, "helpfulness alone": {"safety": None}}
+pushes = {
+    (seed, arm): cached(f"rlhf-ppo-seed{seed}", settings_of(seed) | change, pushed)
+    for seed in runs for arm, change in arms.items()
+}  # fmt: skip
+
+# %%
+def looked(arm: str, place: int, column: int) -> list[np.ndarray]:
+    "A column of a look, for each seed: 1 gold helpfulness, 2 gold safety."
+    return [np.asarray(pushes[seed, arm]["looks"][place][column]) for seed in runs]
+
+
+fig, axes = plt.subplots(1, 4, figsize=(14, 3.4))
+for arm, colour in zip(arms, ("C0", "C3"), strict=True):
+    looks = [pushes[seed, arm]["looks"] for seed in runs]
+    at = [look[0] for look in looks[0]]
+    for ax, column in zip(axes[:2], (1, 2), strict=True):
+        means = np.array([[np.mean(look[column]) for look in of] for of in looks])
+        ax.plot(at, means.T, color=colour, alpha=0.35, linewidth=0.8)
+        ax.plot(at, means.mean(0), "o-", markersize=3, color=colour, label=arm)
+    kl = np.array([[line["kl"] for line in pushes[seed, arm]["log"]] for seed in runs])
+    axes[2].plot(kl.mean(0), color=colour)
+    for column, style, label in ((3, "-", "its reward model"), (4, ":", "an independent one")):
+        means = np.array([[look[column] - of[0][column] for look in of] for of in looks]).mean(0)
+        axes[3].plot(at, means, style, color=colour, label=label if colour == "C0" else None)
+titles = {"gold helpfulness": "score, 0 to 1", "gold safety": "score, 0 to 1", "KL to the start": "nats an answer",
+          "gain in helpfulness score": "logit, from the start"}  # fmt: skip
+for ax, (title, label) in zip(axes, titles.items(), strict=True):
+    ax.set(xlabel="PPO iteration", title=title, ylabel=label)
+axes[0].legend(fontsize=7)
+axes[3].legend(fontsize=7)
+fig.suptitle("PPO: with both reward models safety rises, with the helpfulness model alone it is lost")
+fig.tight_layout()
+plots.save(fig, "rlhf_ppo.png")
+
+# %%
+both, alone = arms
+verdict("PPO with both reward models raises gold helpfulness on top of rejection sampling", "> 0",
+        looked(both, -1, 1), looked(both, 0, 1))  # fmt: skip
+verdict("PPO with the helpfulness model alone raises gold helpfulness", "> 0",
+        looked(alone, -1, 1), looked(alone, 0, 1))  # fmt: skip
+verdict("with both reward models and the gate PPO does not lower gold safety", "> -0.02",
+        looked(both, -1, 2), looked(both, 0, 2))  # fmt: skip
+verdict("with the helpfulness model alone PPO lowers gold safety", "< 0", looked(alone, -1, 2), looked(alone, 0, 2))
+kl = {arm: [pushes[seed, arm]["log"][-1]["kl"] for seed in runs] for arm in arms}
+print("KL at the end, nats an answer:", {arm: [round(x, 2) for x in of] for arm, of in kl.items()})
+assert max(itertools.chain(*kl.values())) < 10
+
+# %% [markdown]
+# ### What matters where the paper is silent
+#
+# The recipe with one choice changed at a time, 24 iterations with both reward models, the first seed.
+
+# %%
+short = settings_of(runs[0])
+short["recipe"] = replace(short["recipe"], iterations=by_scale(smoke=1, laptop=24, a100=24))
+short["recipe"] = replace(short["recipe"], every=short["recipe"].iterations)
+variants = {
+    "the recipe": {}, "β 0": {"beta": 0.0}, "β 0.2": {"beta": 0.2}, "λ 1": {"lam": 1.0}, "λ 0.8": {"lam": 0.8},
+    "unfinished: 0": {"unfinished": 0.0}, "learning rate × 2": {"lr": 2 * PROGRAM.ppo.lr},
+    "minibatch = batch": {"minibatch": PROGRAM.ppo.batch},
+}  # fmt: skip
+tried = {
+    name: cached(f"rlhf-ppo-seed{runs[0]}", short | {"recipe": replace(short["recipe"], **change)}, pushed)
+    for name, change in variants.items()
+}
+fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
+places = np.arange(len(variants))
+for ax, title, values in (
+    (axes[0], "gold helpfulness", [[np.mean(look[1]) for look in of["looks"]] for of in tried.values()]),
+    (axes[1], "gold safety", [[np.mean(look[2]) for look in of["looks"]] for of in tried.values()]),
+    (axes[2], "KL, nats an answer", [[0.0, of["log"][-1]["kl"]] for of in tried.values()]),
+):
+    ends = np.array(values)[:, -1]
+    ax.axvline(values[0][0], color="0.6", linestyle=":")
+    ax.plot(ends, places, "o")
+    ax.set(xlabel=title, yticks=places)
+axes[0].set_yticklabels(variants)
+axes[0].invert_yaxis()
+fig.suptitle("After 24 iterations of PPO (dotted: before), one choice changed at a time, one seed")
+fig.tight_layout()
+plots.save(fig, "rlhf_sensitivity.png")
+for name, of in tried.items():
+    found = [np.mean(of["looks"][-1][column]) for column in (1, 2)]
+    print(f"{name:<20} helpfulness {found[0]:.3f}, safety {found[1]:.3f}, KL {of['log'][-1]['kl']:.2f}")
+
+# %% [markdown]
+# ### The gate
+#
+# The authors chose 0.15 by the precision and the recall with which the safety model finds unsafe answers in their test
+# set: 0.89 and 0.55. Ours are those of the answers of all versions to adversarial held-out prompts, with the last
+# safety model; unsafe is what the judge calls so.
+
+# %%
+def metered(inputs: dict) -> dict:
+    """Scores and gold scores of answers in files, columns helpfulness and safety, (2 N); tags and number of file (N).
+
+    `inputs`: helpfulness, safety (folders), answers (paths).
+    """
+    rows = [(number, json.loads(line)) for number, path in enumerate(inputs["answers"]) for line in open(path)]
+    talks = [[*row["messages"], {"role": "assistant", "content": row["answer"]}] for _, row in rows]
+    gold = scores([row["messages"] for _, row in rows], [(row["answer"], row["finished"]) for _, row in rows]).T
+    logits = np.stack([load_scorer(inputs[value])(talks) for value in ("helpfulness", "safety")])
+    tagged = np.array([row["is_safety"] for _, row in rows])
+    return {"logits": logits, "gold": gold, "tagged": tagged, "file": np.array([number for number, _ in rows])}
+
+
+meters = {}
+for seed, config in programs.items():
+    newest = state_of(config, last)
+    answers = [str(config.out / f"V{version}" / "answers.jsonl") for version in range(last + 1)]
+    inputs = {value: newest[value] for value in VALUES} | {"answers": answers}
+    meters[seed] = cached(f"rlhf-meter-seed{seed}", inputs, metered)
+
+thresholds = np.append(np.linspace(0.02, 0.98, 49), PROGRAM.ppo.gate)
+fig, ax = plt.subplots(figsize=(4.8, 3.8))
+at_gate = {}
+for seed, found in meters.items():
+    tagged = found["tagged"]
+    safe, unsafe = 1 / (1 + np.exp(-found["logits"][1, tagged])), found["gold"][1, tagged] < SAFE
+    flagged = safe < thresholds[:, None]
+    hits = (flagged & unsafe).sum(1)
+    precision, recall = hits / np.maximum(flagged.sum(1), 1), hits / max(unsafe.sum(), 1)
+    ax.plot(recall[:-1], precision[:-1], color="C0", alpha=0.6, label=None if at_gate else "ours, each seed")
+    at_gate[seed] = float(precision[-1]), float(recall[-1])
+ax.plot(*np.array([*at_gate.values()]).T[::-1], "o", color="C0", label="ours at 0.15")
+printed = paper.TEXT[SECTION]
+ax.plot(printed["gate_recall"], printed["gate_precision"], "s", color="C1", label="the paper's at 0.15")
+ax.set(xlabel="recall of unsafe answers", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.02))
+ax.set_title("The safety model as a gate")
+ax.legend()
+plots.save(fig, "rlhf_gate.png")
+print("precision and recall at 0.15:", {seed: tuple(round(x, 2) for x in of) for seed, of in at_gate.items()})
+if at_scale:
+    for place, name in enumerate(("precision", "recall")):
+        value = float(np.mean([of[place] for of in at_gate.values()]))
+        ledger.record(SECTION, f"{name} of the safety model's gate at 0.15", "illustrated",
+                      printed[f"gate_{name}"], round(value, 2), evidence="figures/rlhf_gate.png")  # fmt: skip
+
+# %% [markdown]
+# ### Helpfulness against safety (Figure 11)
+#
+# The authors compare their versions with ChatGPT. Ours meet the writer of the dialogues that the first chat model was
+# taught with, whose answers are of mixed quality: above one half, a version answers better than its teacher. Judges are
+# the last reward models, and the judge of the mini world as the neutral one. Each scores an answer by itself, so that
+# there is no order to swap. Our versions answer at temperature 0.5.
+
+# %%
+def duel(inputs: dict) -> dict:
+    """Points (N), 1 for a win, 1/2 for a tie, by the reward model and by the judge.
+
+    `inputs`: policy, scorer (folders), value, count, quality (of the writer).
+    """
+    dialogs, column = held_out(inputs["value"], inputs["count"]), int(inputs["value"] == "safety")
+    model, tokenizer, scorer = load_checkpoint(inputs["policy"]), mini.tokenizer(), load_scorer(inputs["scorer"])
+    sides = respond(model, tokenizer, dialogs, 64, 0.5, seed=0), written(inputs["quality"])(dialogs, 0)
+    points = []
+    for replies in sides:
+        said = [{"role": "assistant", "content": untagged(reply.text)[0]} for reply in replies]
+        gold = scores(dialogs, [tuple(reply) for reply in replies])[:, column]
+        points.append([scorer([[*m, answer] for m, answer in zip(dialogs, said, strict=True)]), gold])
+    return {name: (np.sign(a - b) + 1) / 2 for name, a, b in zip(("reward model", "judge"), *points, strict=True)}
+
+
+duels = {}
+for (seed, config), name, value in itertools.product(programs.items(), names, VALUES):
+    inputs = {"policy": models[seed][name], "scorer": state_of(config, last)[value], "value": value}
+    duels[seed, name, value] = cached(f"rlhf-duel-seed{seed}", inputs | {"count": count, "quality": MIXED}, duel)
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharex=True, sharey=True)
+for ax, by in zip(axes, ("reward model", "judge"), strict=True):
+    places = np.array([
+        [[100 * duels[seed, name, value][by].mean() for value in VALUES] for name in names] for seed in runs
+    ])  # fmt: skip
+    for row in places:
+        ax.plot(*row.T, color="C0", alpha=0.3, linewidth=0.8)
+    ax.plot(*places.mean(0).T, "o-", color="C0")
+    for name, spot in zip(names, places.mean(0), strict=True):
+        ax.annotate(name, spot, xytext=(4, -10), textcoords="offset points", fontsize=7)
+    ax.axhline(50, color="grey", linewidth=0.6), ax.axvline(50, color="grey", linewidth=0.6)
+    ax.set(xlabel="win rate in helpfulness (%)", title=f"by the {by}" + "s" * (by == "reward model"))
+    shown = (f"{name} {spot[0]:.1f}, {spot[1]:.1f}" for name, spot in zip(names, places.mean(0), strict=True))
+    print(f"by the {by}:", "; ".join(shown))
+axes[0].set_ylabel("win rate in safety (%)")
+fig.suptitle("Versions against the writer that taught the first one (Figure 11)")
+plots.save(fig, "figure_11.png")
+for value in VALUES:
+    for by in ("reward model", "judge"):
+        verdict(f"win rate in {value} against the writer, by the {by}: the last version minus V0", "> 0",
+                [duels[seed, names[-1], value][by] for seed in runs], [duels[seed, "V0", value][by] for seed in runs],
+                "Figure 11")  # fmt: skip
+
+# %% [markdown]
+# ### The worst answers disappear (Figure 20)
+#
+# Section 5.1 explains why RLHF does better than its teachers: annotators write well and badly, and a model that
+# imitates them learns both; a reward model tells them apart, and the tail of bad answers is what goes first.
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
+tails = {}
+for name, version in (("V0 (SFT)", 0), ("V1", 1), ("V2", min(2, last)), (names[-1], last)):
+    picked = [(found["file"] == version) & ~found["tagged"] for found in meters.values()]
+    both = [*zip(meters.values(), picked, strict=True)]
+    rewards = [1 / (1 + np.exp(-found["logits"][0, these])) for found, these in both]
+    gold = [found["gold"][0, these] for found, these in both]
+    tails[name] = [x < 0.25 for x in gold], [x < 0.2 for x in rewards]
+    for ax, values in zip(axes, (rewards, gold), strict=True):
+        ax.hist(np.concatenate(values), np.linspace(0, 1, 21), histtype="step", density=True, label=name)
+axes[0].set(xlabel="reward, as a probability", ylabel="density of answers", title="by the last reward model")
+axes[1].set(xlabel="gold helpfulness", title="by the judge")
+axes[1].legend()
+fig.suptitle("Answers at temperature 1 to harmless prompts: the bad ones become rarer (Figure 20)")
+fig.tight_layout()
+plots.save(fig, "figure_20.png")
+shares = {name: [float(np.mean(part)) for part in of] for name, of in tails.items()}
+shown = "; ".join(f"{name} {of[0]:.2f}, {of[1]:.2f}" for name, of in shares.items())
+print(f"share with a gold score below 0.25, and with a reward below 0.2: {shown}")
+verdict("share of answers with a gold score below 0.25: V2 minus V0", "< 0", tails["V2"][0], tails["V0 (SFT)"][0],
+        "Figure 20")  # fmt: skip
+
+# %% [markdown]
+# ### Batch by batch (Table 26, Figures 25 and 26)
+#
+# The statistics of the comparisons, as Table 26 gives them; the ratings of each batch; and the rewards of the last
+# version's samples for the prompts of each batch. The authors' annotators found the two answers ever more alike, as
+# better models answered. Their highest and median reward fell, since they made prompts harder from batch to batch; our
+# prompts are equally hard.
+
+# %%
+batches = {
+    seed: [read_preferences(f"{folder}/helpfulness.jsonl") for folder in state_of(config, last)["batches"]]
+    for seed, config in programs.items()
+}
+print("batch comparisons turns tokens/example /prompt /answer (first seed; helpfulness)")
+for number, rows in enumerate(batches[runs[0]], 1):
+    found = statistics(rows, words)
+    print(f"{number:5} {found[0]:11,} {found[1]:5.2f} {found[2]:14.1f} {found[3]:7.1f} {found[4]:7.1f}")
+curriculum = {}
+few, most = by_scale(smoke=(4, 2), laptop=(60, 8), a100=(60, 8))
+for seed, config in programs.items():
+    newest = state_of(config, last)
+    curriculum[seed] = [
+        samples_of(seed, newest["model"], newest["helpfulness"], 1.0, most, [row["messages"] for row in rows[:few]])
+        for rows in batches[seed]
+    ]
+
+# %%
+shares = np.array([
+    [[100 * np.mean([row["rating"] == rating for row in rows]) for rating in RATINGS] for rows in of]
+    for of in batches.values()
+]).mean(0)  # fmt: skip
+weeks = range(1, len(shares) + 1)
+fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+axes[0].stackplot(weeks, shares.T, labels=list(RATINGS), colors=["C3", "C1", "C7", "0.85"])
+axes[0].set(xlabel="batch", ylabel="share of comparisons (%)", xlim=(1, max(2, len(weeks))), ylim=(0, 100))
+axes[0].set_title("Ratings of our batches (Figure 25)")
+axes[0].legend(loc="lower left", fontsize=7)
+for label, reduce, colour in ((f"highest of {most}", np.max, "C0"), ("median", np.median, "C1")):
+    means = np.array([[reduce(found["rewards"], 1).mean() for found in of] for of in curriculum.values()])
+    axes[1].plot(weeks, means.T, color=colour, alpha=0.35, linewidth=0.8)
+    axes[1].plot(weeks, means.mean(0), "o-", markersize=3, color=colour, label=label)
+axes[1].set(xlabel="batch", ylabel="reward, as a probability", ylim=(0, 1))
+axes[1].set_title("Rewards for the prompts of each batch (Figure 26)")
+axes[1].legend()
+fig.tight_layout()
+plots.save(fig, "figures_25_26.png")
+close = [[float(row["rating"] == "negligibly better") for row in of[0]] for of in batches.values()]
+later = [[float(row["rating"] == "negligibly better") for row in of[-1]] for of in batches.values()]
+verdict("share of 'negligibly better', the last batch minus the first", "> 0", later, close, "Figure 25")
+
+# %% [markdown]
+# ### Diversity (Figure 21)
+#
+# Self-BLEU of 25 answers to a prompt: each one's BLEU with the others as references, so that 100 means that all are
+# alike. In the paper it falls with the temperature, and RLHF makes that fall smaller for factual prompts, whatever the
+# temperature, while creative ones keep theirs. Ours: ten questions about things, and ten wishes for a story.
+
+# %%
+def self_bleu(texts: list[str]) -> float:
+    "Mean BLEU (0 to 100) of each text with all others for references (Zhu et al. 2018)."
+    others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
+    pairs = zip(texts, others, strict=True)
+    return float(np.mean([sacrebleu.sentence_bleu(text, rest, use_effective_order=True).score for text, rest in pairs]))
+
+
+def varied(inputs: dict) -> dict:
+    "Self-BLEU of the answers to each prompt (T P); `inputs`: folder, kind, count, samples, temperatures."
+    dialogs, samples = held_out(inputs["kind"], inputs["count"]), inputs["samples"]
+    model, found = load_checkpoint(inputs["folder"]), []
+    for temperature in inputs["temperatures"]:
+        replies = respond(model, mini.tokenizer(), dialogs, 64, temperature, seed=3, num_samples=samples)
+        texts = [reply.text for reply in replies]
+        found.append([self_bleu(texts[i : i + samples]) for i in range(0, len(texts), samples)])
+    return {"bleu": np.array(found)}
+
+
+kinds = {"factual": "thing", "creative": "story"}
+size, number = by_scale(smoke=(2, 3), laptop=(10, 25), a100=(10, 25))
+range_of = by_scale(smoke=[0.5, 1.0], laptop=[0.4, 0.6, 0.8, 1.0, 1.2, 1.4], a100=[0.4, 1.4])
+shown = list(dict.fromkeys(["V0", "V1", names[min(3, last)], names[-1]]))
+bleu = {}
+for seed, name, (label, kind) in itertools.product(runs, shown, kinds.items()):
+    inputs = {"folder": models[seed][name], "kind": kind, "count": size, "samples": number, "temperatures": range_of}
+    bleu[seed, name, label] = cached(f"rlhf-bleu-seed{seed}", inputs, varied)["bleu"]
+fig, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+for ax, label in zip(axes, kinds, strict=True):
+    for name in shown:
+        means = np.mean([bleu[seed, name, label].mean(1) for seed in runs], 0)
+        ax.plot(range_of, means, "o-", markersize=3, label=name)
+    ax.set(xlabel="temperature", title=f"ours, {label} prompts")
+axes[0].set_ylabel("Self-BLEU of 25 answers")
+axes[0].legend(fontsize=7)
+table = paper.PAPER["Figure 21"]
+for row, style in (("factual SFT", "C0-"), ("factual v3", "C2-"), ("creative SFT", "C0:"), ("creative v3", "C2:")):
+    axes[2].plot([float(at) for at in table[row]], list(table[row].values()), style, label=row)
+axes[2].set(xlabel="temperature", title="the paper's (Figure 21)")
+axes[2].legend(fontsize=7)
+fig.tight_layout()
+plots.save(fig, "figure_21.png")
+drop = {
+    (name, label): [bleu[seed, name, label][0] - bleu[seed, name, label][-1] for seed in runs]
+    for name in shown for label in kinds
+}  # fmt: skip
+shown = "; ".join(f"{name}, {label}: {np.mean(fall):.1f}" for (name, label), fall in drop.items())
+print(f"fall of Self-BLEU from the lowest temperature to the highest: {shown}")
+for label in kinds:
+    verdict(f"{label} prompts: the fall of Self-BLEU with the temperature, the last version minus V0", "< 0",
+            drop[names[-1], label], drop["V0", label], "Figure 21")  # fmt: skip
+
+# %% [markdown]
+# ## What gathering the weights once is worth
+#
+# `tests/benchmarks/consolidated.py` lets two processes answer prompts with a model of which each holds half: with
+# weights gathered once, in `consolidated`, and with weights gathered layer by layer for every token. A third run has
+# whole weights on both processes.
+
+# %%
+measured = json.loads((ROOT / "tests" / "benchmarks" / "consolidated.json").read_text("utf-8"))
+print(measured["machine"])
+for row in measured["results"]:
+    once, every = row["once"], row["every"]
+    print(f"width {row['width']}: gathered once {once:.2f}, for every token {every:.1f} times as long as whole")
+
+# %% [markdown]
+# On GPUs the factor follows from two speeds. A token's step reads all weights from a GPU's memory; gathered weights
+# have to come over NVLink and the network before that. The plan's model of an A100 node (chapter 02) gives both. With a
+# whole copy on each GPU the factor is between 7 and 11. Where the GPUs of a node share one copy by tensor parallelism,
+# each reads an eighth of it, and the factor is larger; the authors' twenty lies between.
+#
+# > Ours: the copies of `consolidated` are whole, one on each GPU. Tensor-parallel generation for 70B is not built here.
+
+# %%
+from llama2lib.model import LLAMA2
+from llama2lib.roofline import A100, collective_seconds
+
+
+def slowdown(size: str, gpus: int, shared: bool, rows: int = 64) -> float:
+    "How many times as long a token takes with weights gathered layer by layer as with a whole copy, or a node's."
+    shape, node = LLAMA2[size], min(gpus, A100.gpus_per_node)
+    weights, states = 2 * shape.num_params(), 2 * rows * shape.dim  # bytes
+    reading = weights / (A100.bandwidth * A100.streaming)
+    gathering = collective_seconds(A100, "all_gather", weights, shape.n_layers, gpus, node)
+    if not shared:
+        return max(gathering, reading) / reading
+    sums = 2 * shape.n_layers  # all-reduces of a tensor-parallel step
+    together = collective_seconds(A100, "all_reduce", sums * states, sums, node, node)
+    return max(gathering, reading) / (reading / node + together)
+
+
+sizes = np.array([8, 16, 32, 64, 128, 256])
+fig, ax = plt.subplots(figsize=(5.2, 3.6))
+for size, shared in (("7B", False), ("34B", False), ("34B", True), ("70B", True)):
+    label = f"{size}, one copy {'a node' if shared else 'a GPU'}"
+    ax.plot(sizes, [slowdown(size, gpus, shared) for gpus in sizes.tolist()], "o-", markersize=3, label=label)
+ax.axhline(printed["generation_slowdown"], color="0.4", linestyle=":", label="the paper, about 20")
+ax.set(xlabel="GPUs (A100, eight in a node)", ylabel="time a token, gathered / whole", xscale="log")
+ax.set_xticks(sizes, map(str, sizes))
+ax.set(ylim=(0, None), title="Predicted: gathering weights for every token is slow")
+ax.legend(fontsize=7)
+plots.save(fig, "rlhf_consolidated.png")
+if at_scale:
+    ledger.record(SECTION, "generation with weights gathered for every token: times as long as with whole ones (34B, "
+                  "64 GPUs, predicted)", "illustrated", printed["generation_slowdown"],
+                  [round(slowdown("34B", 64, shared), 1) for shared in (False, True)],
+                  evidence="figures/rlhf_consolidated.png")  # fmt: skip
+
+# %% [markdown]
+# ## The memory of PPO at 70B
+#
+# Five models: the policy and the value model learn, with float32 weights, gradients and two moments; the reference and
+# the two reward models only score. A minibatch of 64 answers divides over 64 GPUs at most, one row each. What a pass
+# needs beside the states is what `plan` finds for a training step of 70B with rows of 4,096 tokens.
+
+# %%
+from llama2lib.plan import PlanConfig, plan
+
+gpus, weights = 64, LLAMA2["70B"].num_params()
+step = PlanConfig("70B", gpus, tp=1, micro_batch=1, ac="full", reduce="micro_batch", batch_tokens=64 * 4096,
+                  every_block=False)  # fmt: skip
+states = {"policy": 16, "value model": 16, "reference": 4, "helpfulness model": 4, "safety model": 4}  # bytes a weight
+parts = {name: size * weights / gpus / 2**30 for name, size in states.items()}
+parts["a pass: gathered blocks, activations"] = plan(step)["total"] / 2**30 - parts["policy"]
+held = sum(parts.values())
+for name, size in parts.items():
+    print(f"{name:<40}{size:6.1f} GiB a GPU")
+print(f"{'in all, of 80':<40}{held:6.1f}\n\nwhile it generates, instead of the pass:")
+for name, size in (("a whole copy in bfloat16", 2 * weights), ("an eighth of one, if a node shared it", weights / 4)):
+    total = held - parts["a pass: gathered blocks, activations"] + size / 2**30
+    print(f"{name:<40}{size / 2**30:6.1f} GiB, in all {total:.1f}")
+
+# %% [markdown]
+# So the 70B PPO of the paper needs 64 A100s and tensor-parallel generation; 34B, with a whole copy of 63 GiB beside its
+# states, needs them too, and 13B goes with 32.
 
 # %% [markdown]
 # ## The same on many GPUs

@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,8 @@ from llama2lib.dialog import encode_dialog
 from llama2lib.model import LLAMA2, Llama, swiglu_width
 from llama2lib.ppo import PPO, ppo
 from llama2lib.recipes import write_atomic
-from llama2lib.reward import RewardModel
-from llama2lib.rollout import Prompt, Reward, policy_of, scorer_of, value_of
+from llama2lib.reward import RewardModel, score
+from llama2lib.rollout import Prompt, Reward, policy_of, value_of
 from llama2lib.sft import SFT, sft
 from llama2lib.synthetic import dialogues, documents, prompts
 from llama2lib.tokenizer import train_tokenizer
@@ -83,7 +84,7 @@ def compare(folder: Path, width: int, pairs: int) -> dict:
 
     def ours():
         policy, reference, value = policy_of(chat), policy_of(chat), value_of(scoring)
-        reward = Reward(scorer_of(scoring, tokenizer, recipe.micro_batch))
+        reward = Reward(partial(score, scoring, tokenizer, batch=recipe.micro_batch))
         start = time.perf_counter()
         steps = list(ppo(policy, reference, value, tokenizer, asked, reward, recipe))
         return time.perf_counter() - start, steps[-1].tokens / (recipe.batch * ITERATIONS)
