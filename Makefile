@@ -66,6 +66,7 @@ bench: env  ## timings as ratios: to transformers, SentencePiece, a bare trainin
 	$(PY) tests/benchmarks/sft.py
 	$(PY) tests/benchmarks/reward.py
 	$(PY) tests/benchmarks/ppo.py
+	$(PY) tests/benchmarks/consolidated.py
 
 lab: env  ## open the chapters in Jupyter
 	$(PY) -m jupyterlab chapters --port $(PORT)

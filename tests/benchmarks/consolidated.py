@@ -26,7 +26,7 @@ from llama2lib.model import LLAMA2, KVCache, Llama, swiglu_width
 from llama2lib.recipes import write_atomic
 from llama2lib.rollout import consolidated
 
-PROMPTS, LENGTH, NEW = 64, 32, 64  # prompts of a process (512 over 8 GPUs in the paper), their tokens, new ones
+PROMPTS, LENGTH, NEW = 32, 32, 64  # prompts of a process, their tokens, new ones
 
 
 def main(widths: tuple[int, ...] = (256, 512), pairs: int = 5, save: bool = True, worker: Path | None = None):
