@@ -2002,9 +2002,11 @@ verdict("0.4M parameters: the large one's best answers minus the writer's dialog
         after("0.4M, the writer's dialogues", "helpfulness 1"))  # fmt: skip
 
 # %% [markdown]
-# A random answer at these temperatures teaches nearly as much as the best one: most of the first gain is that
-# the model imitates cooler answers than its own at temperature 1. Stories are beyond our models, before and after, and
-# so they show nothing about forgetting; the skill that only the bag keeps is still to be found here.
+# A random answer at these temperatures teaches as much as the best one: the first gain is that the model imitates
+# cooler answers than its own at temperature 1. The first reward model has seen some 2,100 comparisons; the figure below
+# shows how little it finds. To go on from the version before is no worse than to begin with the base model. The bag,
+# which holds older and worse answers, costs helpfulness, and stories are beyond our models before and after: they show
+# nothing about forgetting, and a skill that only the bag keeps is still to be found. Distillation works.
 #
 # ### More samples, other temperatures (Figures 7 and 8)
 #
@@ -2057,7 +2059,7 @@ for ax, lines, labels in (
     ax.set(xlabel="samples N of a prompt, V0 at temperature 0.7", xscale="log")
     ax.legend()
 axes[0].set(ylabel="reward, as a probability", title="As in Figure 7 the maximum grows, the median does not")
-axes[1].set(ylabel="gold helpfulness", title="The reward model finds part of the best answers")
+axes[1].set(ylabel="gold helpfulness", title="What the reward model prefers soon gets no better")
 plots.save(fig, "figure_07.png")
 
 # %%
@@ -2068,6 +2070,9 @@ verdict(f"gold helpfulness of the answer with the highest reward of {most} minus
         "Figure 7")  # fmt: skip
 
 # %% [markdown]
+# The reward grows with N, and the gold score of the answer it prefers does not beyond a few samples: the reward model
+# is exploited by the choice alone, before any policy has learned from it.
+#
 # For nine temperatures, and two policies: after SFT and after RLHF. In the paper the temperature with the best of 100
 # samples rises from about 0.9 to between 1.2 and 1.3, since RLHF makes the policy surer of its answers.
 
@@ -2207,6 +2212,9 @@ print("KL at the end, nats an answer:", {arm: [round(x, 2) for x in of] for arm,
 assert max(itertools.chain(*kl.values())) < 10
 
 # %% [markdown]
+# Safety is where PPO shows the paper's point: alone, the helpfulness model spends it at once. Helpfulness gains little
+# in either case, and the gain that a reward model sees is partly not there for an independent one.
+#
 # ### What matters where the paper is silent
 #
 # The recipe with one choice changed at a time, 24 iterations with both reward models, the first seed.
@@ -2297,6 +2305,9 @@ if at_scale:
                       printed[f"gate_{name}"], round(value, 2), evidence="figures/rlhf_gate.png")  # fmt: skip
 
 # %% [markdown]
+# Two of three safety models give hardly any answer less than 0.15: their scores are centred by training, and the policy
+# has moved away from what they learned to refuse. For such a model a gate has to be chosen anew, as the authors did.
+#
 # ### Helpfulness against safety (Figure 11)
 #
 # The authors compare their versions with ChatGPT. Ours meet the writer of the dialogues that the first chat model was
@@ -2412,7 +2423,7 @@ fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
 axes[0].stackplot(weeks, shares.T, labels=list(RATINGS), colors=["C3", "C1", "C7", "0.85"])
 axes[0].set(xlabel="batch", ylabel="share of comparisons (%)", xlim=(1, max(2, len(weeks))), ylim=(0, 100))
 axes[0].set_title("Ratings of our batches (Figure 25)")
-axes[0].legend(loc="lower left", fontsize=7)
+axes[0].legend(loc="upper right", fontsize=7, frameon=True)
 for label, reduce, colour in ((f"highest of {most}", np.max, "C0"), ("median", np.median, "C1")):
     means = np.array([[reduce(found["rewards"], 1).mean() for found in of] for of in curriculum.values()])
     axes[1].plot(weeks, means.T, color=colour, alpha=0.35, linewidth=0.8)
@@ -2500,7 +2511,7 @@ for row in measured["results"]:
 # %% [markdown]
 # On GPUs the factor follows from two speeds. A token's step reads all weights from a GPU's memory; gathered weights
 # have to come over NVLink and the network before that. The plan's model of an A100 node (chapter 02) gives both. With a
-# whole copy on each GPU the factor is between 7 and 11. Where the GPUs of a node share one copy by tensor parallelism,
+# whole copy on each GPU the factor is between 7 and 15. Where the GPUs of a node share one copy by tensor parallelism,
 # each reads an eighth of it, and the factor is larger; the authors' twenty lies between.
 #
 # > Ours: the copies of `consolidated` are whole, one on each GPU. Tensor-parallel generation for 70B is not built here.
@@ -2565,8 +2576,8 @@ for name, size in (("a whole copy in bfloat16", 2 * weights), ("an eighth of one
     print(f"{name:<40}{size / 2**30:6.1f} GiB, in all {total:.1f}")
 
 # %% [markdown]
-# So the 70B PPO of the paper needs 64 A100s and tensor-parallel generation; 34B, with a whole copy of 63 GiB beside its
-# states, needs them too, and 13B goes with 32.
+# So 64 GPUs hold the five models and a pass of training, and no whole copy to generate with: 70B needs generation that
+# divides one over a node, and then fits.
 
 # %% [markdown]
 # ## The same on many GPUs
