@@ -13,7 +13,8 @@
 # rejection sampling alone up to the fourth version of the model, RLHF-V4, and from then on PPO on top of it.
 #
 # > Ours: both are defined here, run on several processes, and put into the program that makes five versions of a chat
-# > model. Three chat models of the mini world go through it, and a judge that no model learns from says what it gains.
+# > model. Three chat models of the mini world go through it, and the judge of chapter 12 says what they gain; with
+# > noise it is the annotator as well.
 
 # %%
 import json
@@ -1678,8 +1679,8 @@ def cli(prog: str = "python -m llama2lib.rlhf"):
 # that PPO begins with.
 #
 # > Ours: the helpfulness models learn from their own comparisons and public ones, and not from those of safety, as the
-# > paper's do. With these in the mixture our small model finds a refusal helpful, and PPO learns to refuse questions
-# > that it cannot answer.
+# > paper's do. In pilot runs with these in the mixture a refusal had a high helpfulness score, and PPO learned to
+# > refuse harmless questions.
 
 # %%
 #| default_exp mini_rlhf
@@ -1791,6 +1792,9 @@ assert sorted(path.parent.name for path in made.glob("*/done.json")) == ["1-coll
 #
 # Gold scores are the judge's of chapter 12, means over 300 harmless prompts for helpfulness and over 300 adversarial
 # ones for safety: other wordings and other people and things than any model was trained with, the same for all seeds.
+#
+# > Ours: the helpfulness models' mixture, β and the learning rate were chosen in pilot runs of the first two seeds, by
+# > gold scores of the same held-out prompts; the third seed was not looked at.
 
 # %%
 import itertools
@@ -1902,7 +1906,8 @@ for seed, config in programs.items():
 # %% [markdown]
 # The temperature is chosen anew for every version, among 0.3, 0.5 and 0.7, by the reward of the best answers. Is it the
 # choice of the best answer that helps, or that these temperatures are below 1, at which V0 was measured? A control: the
-# same fine-tuning, on a random one of the eight answers to each prompt.
+# same fine-tuning, on a single answer to each prompt, sampled at the same temperature: as good as a random one of
+# eight.
 #
 # The same function serves more comparisons:
 #
@@ -2003,10 +2008,11 @@ verdict("0.4M parameters: the large one's best answers minus the writer's dialog
 
 # %% [markdown]
 # A random answer at these temperatures teaches as much as the best one: the first gain is that the model imitates
-# cooler answers than its own at temperature 1. The first reward model has seen some 2,100 comparisons; the figure below
-# shows how little it finds. To go on from the version before is no worse than to begin with the base model. The bag,
-# which holds older and worse answers, costs helpfulness, and stories are beyond our models before and after: they show
-# nothing about forgetting, and a skill that only the bag keeps is still to be found. Distillation works.
+# cooler answers than its own at temperature 1. The first reward model has seen some 2,100 comparisons beside public
+# ones; the figure below shows how little it finds. To go on from the version before is no worse than to begin with the
+# base model. The bag, which holds older and worse answers, costs helpfulness, and stories are beyond our models before
+# and after: they show nothing about forgetting, and a skill that only the bag keeps is still to be found. Distillation
+# works.
 #
 # ### More samples, other temperatures (Figures 7 and 8)
 #
@@ -2305,8 +2311,9 @@ if at_scale:
                       printed[f"gate_{name}"], round(value, 2), evidence="figures/rlhf_gate.png")  # fmt: skip
 
 # %% [markdown]
-# Two of three safety models give hardly any answer less than 0.15: their scores are centred by training, and the policy
-# has moved away from what they learned to refuse. For such a model a gate has to be chosen anew, as the authors did.
+# Two of three safety models give no unsafe answer less than 0.15: there the gate finds nothing, and its precision,
+# which is then undefined, counts as 0. The curves say that another threshold would find much; the gate has to be chosen
+# for each model, which the program does not do.
 #
 # ### Helpfulness against safety (Figure 11)
 #
