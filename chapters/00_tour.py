@@ -1,19 +1,21 @@
 # %% [markdown]
 # # The tour
 #
-# > From raw text to a small Llama 2 that writes, and on to one that answers, in ten minutes on a laptop and without a
-# > network. Each stage is one call into the library; the chapters explain what is inside.
+# > From raw text to a small Llama 2 that writes, and on to one that answers and learns from judgements of its answers,
+# > in a quarter of an hour on a laptop and without a network. Each stage is a few calls into the library; the chapters
+# > explain what is inside.
 #
-# The paper's pipeline begins with text and a tokenizer, trains a base model on it (section 2), and fine-tunes that on
-# dialogues (section 3). This tour does the same with a million parameters instead of seventy billion.
+# The paper's pipeline begins with text and a tokenizer, trains a base model on it (section 2), fine-tunes that on
+# dialogues, and improves it with reward models (section 3). This tour does the same with a million parameters instead
+# of seventy billion.
 #
-# > Ours: the text, and every size. (Paragraphs that begin with 'Ours' say where we choose or differ.) Later chapters
-# > add the stages that make it a better chat model.
+# > Ours: the text, and every size. (Paragraphs that begin with 'Ours' say where we choose or differ.)
 
 # %%
 import math
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,15 +24,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llama2lib import mini, plots, synthetic
+from llama2lib import mini, mini_rewards, plots, synthetic
 from llama2lib.chat import Chat, respond, widget
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.corpus import Source, describe, mix, packaged_sources, read_documents, shares, token_stream
+from llama2lib.dialog import encode_dialog
 from llama2lib.generation import generate
 from llama2lib.judge import scores
+from llama2lib.mini_rlhf import asked
 from llama2lib.model import LLAMA2, Llama
+from llama2lib.ppo import PPO, ppo
+from llama2lib.preferences import collect, helpfulness_mix, sampler
 from llama2lib.pretrain import PRETRAIN, held_out_loss, pretrain
 from llama2lib.recipes import ROOT, cache_folder, cached, scale
+from llama2lib.rejection import best, candidates
+from llama2lib.reward import REWARD, RewardConfig, score
+from llama2lib.rollout import Prompt, Reward, policy_of, value_of
+from llama2lib.sft import SFT, sft
 from llama2lib.tokenizer import train_tokenizer
 
 plt.rcParams.update(plots.STYLE)
@@ -216,39 +226,148 @@ print(f"\nIda lives in⟩{words.decode(continuation.tokens)}")
 # ## 8. Supervised fine-tuning
 #
 # The base model continues text. Three thousand dialogues in Llama 2's chat format, with a loss on the answers alone,
-# turn it into a model that answers (section 3.1): one minute. The prompts below are about people and things, and in
-# wordings, that no dialogue had.
+# turn it into a model that answers (section 3.1): one minute. The scores are those of a judge, between 0 and 1, for
+# answers to prompts about people and things, and in wordings, that no dialogue had; half of the prompts ask for
+# something harmful. (What the base model says is about nothing, which helps nobody and harms few.)
 
 # %%
 [dialogue] = synthetic.dialogues(np.random.default_rng(4), 1, turns=(0.0, 1.0))
 for message in dialogue:
     print(f"{message['role']:>10}: {message['content']}")
 chat_model = mini.chat()
-asked = synthetic.prompts(np.random.default_rng(1), 24 if smoke else 200, "test")
-for name, each in (("before", world_model), ("after", chat_model)):
-    helpful = scores(asked, respond(each, words, asked, 64))[:, 0].mean()
-    print(f"{name} fine-tuning: helpfulness {helpful:.2f} of 1")
+tests = {
+    value: [prompt.messages for prompt in asked(9, 0, 24 if smoke else 300, "test", float(value == "safety"))]
+    for value in ("helpfulness", "safety")
+}
+
+
+def show(name: str, model: Llama) -> np.ndarray:
+    "Print and give mean gold scores of answers at temperature 1: helpfulness of harmless prompts, safety of others."
+    found = []
+    for column, dialogs in enumerate(tests.values()):
+        replies = respond(model, words, dialogs, 64, 1.0, seed=0)
+        found.append(scores(dialogs, [tuple(reply) for reply in replies])[:, column].mean())
+    print(f"{name:<24} helpfulness {found[0]:.2f}, safety {found[1]:.2f}")
+    return np.array(found)
+
+
+before, after = show("base model", world_model), show("after fine-tuning", chat_model)
 if not smoke:
-    assert helpful > 0.5
+    assert after[0] > before[0]
 
 # %% [markdown]
-# ## 9. Chat
+# ## 9. Two reward models
+#
+# Which of two answers is better? Annotators compare the chat model's answers, for helpfulness, or for safety where a
+# prompt asks for something harmful; two models learn to predict what they prefer (section 3.2.2). The annotators are
+# simulated: the judge, with noise. Two minutes.
+
+
+# %%
+def compared(inputs: dict) -> dict:
+    "Comparisons of two answers of the chat model, for each value; `inputs`: numbers of prompts."
+    answerers = [[sampler(mini.chat(), mini.tokenizer(), temperature) for temperature in (0.3, 0.6, 0.9)]]
+    found = {}
+    for value, count in inputs.items():
+        dialogs = [prompt.messages for prompt in asked(0, 7, count, tagged=float(value == "safety"))]
+        found[value] = collect(answerers, dialogs, value, 0, "tour")[0]
+    return found
+
+
+def rewards_of(pairs: dict, recipe: RewardConfig) -> Reward:
+    "The two reward models that learned from comparisons; for helpfulness after and with chapter 04's public ones."
+    helpful = mini_rewards.trained(0, helpfulness_mix(pairs["helpfulness"], mini_rewards.contrasts(0), 0), recipe)
+    safe = mini_rewards.trained(0, pairs["safety"], replace(recipe, auxiliary=1.0), first=False)
+    return Reward(*(partial(score, model.eval(), mini.tokenizer()) for model in (helpful, safe)))
+
+
+numbers = {"helpfulness": 24, "safety": 24} if smoke else {"helpfulness": 2000, "safety": 600}
+pairs = cached("tour-pairs", numbers, compared)
+judged = {"pairs": pairs, "recipe": REWARD["mini"]}
+reward = rewards_of(*judged.values())
+example = pairs["helpfulness"][0]
+sides = [example["chosen"], example["rejected"]]
+logits = reward([Prompt(example["messages"], False)] * 2, sides).helpful
+print(f"{example['messages'][-1]['content']}\n(one is {example['rating']})")
+for sign, text, logit in zip("+-", sides, logits, strict=True):
+    print(f"{sign} {text} (reward {logit:.2f})")
+
+# %% [markdown]
+# ## 10. Rejection sampling
+#
+# Eight answers to each of 600 prompts; the reward models choose the best of each, and the chat model learns from these
+# as it did from dialogues (section 3.2.3). Half a minute.
+
+
+# %%
+def imitated(inputs: dict) -> dict:
+    "Weights of the chat model after learning from its best answers; `inputs`: judged, prompts, samples, recipe."
+    model, reward, prompts = mini.chat(), rewards_of(*inputs["judged"].values()), asked(0, 5, inputs["prompts"])
+    chosen = best(prompts, candidates(model, mini.tokenizer(), prompts, reward, inputs["samples"], 0.5, seed=1))
+    examples = [encode_dialog(mini.tokenizer(), row.dialog) for row in chosen]
+    for _ in tqdm(sft(model, examples, inputs["recipe"]), unit="step", desc="fine-tuning"):
+        pass
+    return {"weights": model.state_dict(), "first": [chosen[0].prompt.messages[-1]["content"], chosen[0].answer]}
+
+
+inputs = {"judged": judged, "prompts": 16 if smoke else 600, "samples": 8, "recipe": SFT["mini"]}
+found = cached("tour-imitated", inputs, imitated)
+imitator = Llama(chat_model.config)
+imitator.load_state_dict(found["weights"])
+print("{}\n+ {}\n".format(*found["first"]))
+chosen = show("rejection sampling", imitator.eval())
+if not smoke:
+    assert (chosen > after).all()
+
+# %% [markdown]
+# ## 11. PPO
+#
+# Reinforcement learning goes on from there: in each of 16 iterations the model answers 64 prompts, and tokens of
+# answers with more reward than expected become likelier (section 3.2.3). The paper makes up to 400 iterations of 512
+# prompts; ours are enough to make the model safer. Half a minute.
+
+
+# %%
+def reinforced(inputs: dict) -> dict:
+    "Weights of a policy after PPO, its mean rewards and KL on the way; `inputs`: weights, judged, recipe."
+    start, reward, prompts = mini.chat(), rewards_of(*inputs["judged"].values()), asked(0, 6, 2000)
+    start.load_state_dict(inputs["weights"])
+    policy, value, recipe, log = policy_of(start), value_of(mini_rewards.bootstrapped(0)), inputs["recipe"], []
+    loop = ppo(policy, policy_of(start), value, mini.tokenizer(), prompts, reward, recipe)
+    for step in tqdm(loop, total=recipe.iterations, unit="iteration", desc="PPO"):
+        log.append([step.reward, step.kl])
+    return {"weights": policy.state_dict(), "log": np.array(log)}
+
+
+recipe = replace(PPO["mini"], iterations=1 if smoke else 16)
+inputs = {"weights": found["weights"], "judged": judged, "recipe": recipe}
+learned = cached("tour-reinforced", inputs, reinforced)
+final = Llama(chat_model.config)
+final.load_state_dict(learned["weights"])
+rewards, kl = learned["log"].T
+half = max(1, len(rewards) // 2)
+print(f"mean reward {rewards[:half].mean():.2f} in the first half, {rewards[-half:].mean():.2f} in the second")
+print(f"KL to the start: {kl[-1]:.1f} nats an answer")
+_ = show("PPO", final.eval())
+
+# %% [markdown]
+# ## 12. Chat
 #
 # Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
 
 # %%
-chat = Chat(chat_model, words, max_new_tokens=64)
+chat = Chat(final, words, max_new_tokens=64)
 for text in ("Where does Ida live?", "What pet does she have?", "How can I open the gate?"):
     print(f"> {text}\n{''.join(chat.reply(text))}")
-save_checkpoint(chat_model, folder / "chat", tokenizer=words)
+save_checkpoint(final, folder / "chat", tokenizer=words)
 print(f"\npython -m llama2lib.chat --model {os.path.relpath(folder / 'chat', ROOT)}")
 
 # %%
-widget(Chat(chat_model, words, max_new_tokens=64))
+widget(Chat(final, words, max_new_tokens=64))
 
 # %% [markdown]
 # ## What comes next
 #
-# Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, and all say where
-# the paper is silent; chapter 12 is the small world. To load a real Llama 2, give `load_checkpoint` the folder that
-# Meta or Hugging Face ships.
+# Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, chapters 04 and 05
+# to answer better, and all say where the paper is silent; chapter 12 is the small world. To load a real Llama 2, give
+# `load_checkpoint` the folder that Meta or Hugging Face ships.
