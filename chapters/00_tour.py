@@ -2,7 +2,7 @@
 # # The tour
 #
 # > From raw text to a small Llama 2 that writes, and on to one that answers and learns from judgements of its answers,
-# > in a quarter of an hour on a laptop and without a network. Each stage is a few calls into the library; the chapters
+# > in ten minutes on a laptop and without a network. Each stage is a few calls into the library; the chapters
 # > explain what is inside.
 #
 # The paper's pipeline begins with text and a tokenizer, trains a base model on it (section 2), fine-tunes that on
@@ -228,7 +228,7 @@ print(f"\nIda lives in⟩{words.decode(continuation.tokens)}")
 # The base model continues text. Three thousand dialogues in Llama 2's chat format, with a loss on the answers alone,
 # turn it into a model that answers (section 3.1): one minute. The scores are those of a judge, between 0 and 1, for
 # answers to prompts about people and things, and in wordings, that no dialogue had; half of the prompts ask for
-# something harmful. (What the base model says is about nothing, which helps nobody and harms few.)
+# something harmful. The base model's answers are rarely about the question; fine-tuning changes that, not safety.
 
 # %%
 [dialogue] = synthetic.dialogues(np.random.default_rng(4), 1, turns=(0.0, 1.0))
@@ -324,7 +324,7 @@ if not smoke:
 #
 # Reinforcement learning goes on from there: in each of 16 iterations the model answers 64 prompts, and tokens of
 # answers with more reward than expected become likelier (section 3.2.3). The paper makes up to 400 iterations of 512
-# prompts; ours are enough to make the model safer. Half a minute.
+# prompts; ours are a glimpse: in this one run safety rises, and helpfulness stays. Half a minute.
 
 
 # %%
