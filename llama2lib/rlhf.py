@@ -85,8 +85,10 @@ class RLHFConfig:
     batch: int = 2000  # prompts of a batch of comparisons
     best: int = 2000  # prompts of a round of rejection sampling
     annotator: Literal["people", "judge"] = "people"  # the judge of chapter 12 knows the mini world alone
+    comparisons: Path | None = None  # folder of comparisons that are there (helpfulness.jsonl, safety.jsonl): batch 1
     public: Path | None = None  # public comparisons: helpfulness models learn from them first, and keep them in the mix
     mixed: bool = True  # helpfulness models learn from the comparisons of safety too, as the paper's do
+    renew: float = 0.0  # share of their learning rate at which reward models go on learning; 0: they begin anew
     auxiliary: float = 1.0  # weight of the safety loss in the safety model
     temperature: float = 1.0  # of the answers that are measured
     seed: int = 0  # of everything that is drawn
@@ -101,9 +103,9 @@ class RLHFConfig:
     ppo: PPOConfig = field(default_factory=lambda: PPO["paper"])
 
     def __post_init__(self):
-        if min(self.batch, self.best) < 1 or self.temperature < 0:
-            found = f"batch {self.batch}, best {self.best}, temperature {self.temperature}"
-            raise ValueError(f"{found}: expected at least 1, 1, 0")
+        if min(self.batch, self.best) < 1 or min(self.temperature, self.renew) < 0:
+            found = f"batch {self.batch}, best {self.best}, temperature {self.temperature}, renew {self.renew}"
+            raise ValueError(f"{found}: expected at least 1, 1, 0, 0")
         for number, names in enumerate(self.versions, 1):
             for name in names.split():
                 if name not in STAGES:
@@ -196,30 +198,42 @@ def collect_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
 
 
 def reward_stage(config: RLHFConfig, folder: Path, state: dict) -> dict:
-    "Both reward models, on all comparisons so far (section 3.2.2). ValueError without any."
-    if not state["batches"]:
+    """Both reward models, begun anew, on all comparisons so far (section 3.2.2).
+
+    With `renew` those that there are go on learning, from the newest comparisons and as many of the older and the
+    public ones. ValueError without comparisons, or without new ones.
+    """
+    known = state.get("learned", 0) if config.renew else 0
+    if not state["batches"][known:]:
         raise ValueError("a stage 'reward' needs comparisons: put 'collect' in front of it")
-    rows = {
-        value: [row for batch in state["batches"] for row in read_preferences(Path(batch) / f"{value}.jsonl")]
-        for value in VALUES
-    }
+    older, newest = (
+        {value: [row for batch in part for row in read_preferences(Path(batch) / f"{value}.jsonl")] for value in VALUES}
+        for part in (state["batches"][:known], state["batches"][known:])
+    )
     public = read_preferences(config.public) if config.public else []
-    others = [*public, *rows["safety"]] if config.mixed else public
+    others = [*public, *older["helpfulness"]]
+    if config.mixed:
+        others += older["safety"] + newest["safety"]
     mixtures = {
-        "helpfulness": helpfulness_mix(rows["helpfulness"], others, config.seed),
-        "safety": safety_mix(rows["safety"], rows["helpfulness"], config.seed),
+        "helpfulness": helpfulness_mix(newest["helpfulness"], others, config.seed),
+        "safety": safety_mix(
+            helpfulness_mix(newest["safety"], older["safety"], config.seed), newest["helpfulness"], config.seed
+        ),
     }
     models = {}
     if public and "bootstrapped" not in state:
         recipe = replace(config.reward, model=config.model, data=config.public, out=folder / "public", seed=config.seed)
         models["bootstrapped"] = str(call(config, reward, recipe))
-    begin = {"helpfulness": (state | models).get("bootstrapped", state["model"]), "safety": state["model"]}
+    begin, lr = {"helpfulness": (state | models).get("bootstrapped", state["model"]), "safety": state["model"]}, 1.0
+    if known:
+        begin, lr = judges(state), config.renew
     for value, mixture in mixtures.items():
         write_preferences(folder / f"{value}.jsonl", mixture)
         recipe = replace(config.reward, model=begin[value], data=folder / f"{value}.jsonl", out=folder / value)
-        recipe = replace(recipe, seed=config.seed, auxiliary=config.auxiliary if value == "safety" else 0.0)
+        recipe = replace(recipe, lr=lr * recipe.lr, seed=config.seed)
+        recipe = replace(recipe, auxiliary=config.auxiliary if value == "safety" else 0.0)
         models[value] = str(call(config, reward, recipe))
-    return state | models
+    return state | models | {"learned": len(state["batches"])}
 
 
 def judges(state: dict) -> dict:
@@ -278,16 +292,16 @@ RLHF = {
     "paper": RLHFConfig(),
     "mini": RLHFConfig(
         versions=(
-            "collect collect collect reward reject tune",
+            "reward reject tune",
             "collect collect reward reject tune",
             "collect collect reward reject tune",
             "collect collect reward bag tune",
-            "collect collect reward bag tune collect collect reward ppo",
+            "collect collect reward bag tune collect collect reward ppo collect collect reward ppo",
         ),
-        batch=1000, best=1000, annotator="judge", mixed=False,
+        batch=1000, best=1000, annotator="judge", mixed=False, renew=0.5,
         pairs=replace(PAIRS["mini"], temperatures=(0.5, 0.8, 1.1)), reward=replace(REWARD["mini"], lr=7e-4),
-        rejection=replace(REJECTION["mini"], temperatures=(0.3, 0.5, 0.7)), sft=SFT["mini"],
-        ppo=replace(PPO["mini"], iterations=48, every=4),
+        rejection=replace(REJECTION["mini"], temperatures=(0.3, 0.4, 0.5)), sft=replace(SFT["mini"], lr=2e-4, epochs=1),
+        ppo=replace(PPO["mini"], iterations=20, batch=256, minibatch=64, every=4),
     ),
 }  # fmt: skip
 
@@ -335,8 +349,10 @@ def record_program(config: RLHFConfig):
     "Write out/settings.json; ValueError, naming what differs, for a folder of another program. More versions may come."
     path = config.out / "settings.json"
     paths = {name: getattr(config, name) for name in ("prompts", "held_out", "public")}
+    if config.comparisons:
+        paths |= {f"{value} comparisons": config.comparisons / f"{value}.jsonl" for value in VALUES}
     files = {name: path and hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
-    ours = json.loads(json.dumps(asdict(config) | files | {"launcher": "", "out": ""}, default=str))
+    ours = json.loads(json.dumps(asdict(config) | files | {"launcher": "", "out": "", "comparisons": ""}, default=str))
     if path.exists():
         found = json.loads(path.read_text("utf-8"))
         shorter, longer = sorted((found["versions"], ours["versions"]), key=len)
@@ -353,7 +369,8 @@ def run(config: RLHFConfig) -> Path:
     order that cannot work, and as of the stages; SystemExit while annotations are missing.
     """
     record_program(config)
-    state = {"model": config.model, "batches": [], "best": [], "versions": []}
+    batches = [str(config.comparisons)] if config.comparisons else []
+    state = {"model": config.model, "batches": batches, "best": [], "versions": []}
     for version, names in enumerate(config.versions, 1):
         for place, name in enumerate(names.split(), 1):
             folder = config.out / f"V{version}" / f"{place}-{name}"

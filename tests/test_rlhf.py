@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from llama2lib.desk import Desk, unblind
 from llama2lib.judge import read_task
 from llama2lib.preferences import comparison, read_preferences, write_preferences
 from llama2lib.rejection import read_best
-from llama2lib.rlhf import RLHF, STAGES, RLHFConfig, flags, judged, measure, run
+from llama2lib.rlhf import RLHF, STAGES, VALUES, RLHFConfig, flags, judged, measure, run
 from llama2lib.rollout import read_prompts, write_prompts
 from llama2lib.synthetic import answer, prompts
 
@@ -206,7 +207,7 @@ def test_reward_models_begin_anew(done, config, monkeypatch, tmp_path, public, m
     batches = [str(done[0].out / "V1" / "1-collect")]
     rows = [row | {"source": "public"} for row in read_preferences(Path(batches[0]) / "helpfulness.jsonl")]
     write_preferences(tmp_path / "public.jsonl", rows)
-    config = replace(config, public=tmp_path / "public.jsonl" if public else None, mixed=mixed)
+    config = replace(config, public=tmp_path / "public.jsonl" if public else None, mixed=mixed, renew=0.0)
     state = {"model": "newest", "batches": batches}
     for _ in range(2):
         state = STAGES["reward"](config, tmp_path, state)
@@ -216,6 +217,47 @@ def test_reward_models_begin_anew(done, config, monkeypatch, tmp_path, public, m
     mixture = read_preferences(tmp_path / "helpfulness.jsonl")
     assert any(row["source"] == "public" for row in mixture) == public
     assert any(row["safety"] for row in mixture) == mixed
+
+
+def test_reward_models_can_go_on_with_the_newest_comparisons(done, config, monkeypatch, tmp_path):
+    "They learn from all new ones and as many others, of older batches and of public ones; anew at first."
+    seen = []
+    monkeypatch.setattr(rlhf, "call", lambda config, module, recipe: seen.append(recipe) or recipe.out / "model")
+    batches = [str(done[0].out / "V1" / "1-collect"), str(tmp_path / "second"), str(tmp_path / "third")]
+    first = {value: read_preferences(Path(batches[0]) / f"{value}.jsonl") for value in VALUES}
+    for batch in batches[1:]:
+        for value, rows in first.items():
+            write_preferences(Path(batch) / f"{value}.jsonl", [row | {"source": Path(batch).name} for row in rows])
+    write_preferences(tmp_path / "public.jsonl", [row | {"source": "public"} for row in first["helpfulness"]])
+    config = replace(config, public=tmp_path / "public.jsonl", mixed=False, renew=0.25)
+    state = STAGES["reward"](config, tmp_path / "1", {"model": "V0", "batches": batches[:1]})
+    state = STAGES["reward"](config, tmp_path / "2", state | {"model": "V1", "batches": batches})
+    begun = [recipe.model for recipe in seen]
+    made = [str(tmp_path / "1" / name / "model") for name in ("public", *VALUES)]
+    assert begun == [config.model, made[0], "V0", *made[1:]]
+    assert [recipe.lr / config.reward.lr for recipe in seen] == [1, 1, 1, 0.25, 0.25]
+    for value, rows in first.items():
+        count = Counter(row["source"] for row in read_preferences(tmp_path / "2" / f"{value}.jsonl"))
+        assert count["second"] == len(rows)
+        older = count["batch 1"] + count["public"]
+        assert 0 < older <= 2 * len(rows) and (older == 2 * len(rows) or value == "safety")
+    with pytest.raises(ValueError, match="put 'collect' in front"):
+        STAGES["reward"](config, tmp_path / "3", state)
+
+
+def test_a_program_can_begin_with_comparisons(done, config, simulated, tmp_path):
+    "They are its first batch, and other ones are another program's."
+    (tmp_path / "earlier").mkdir()
+    for value in VALUES:
+        shutil.copy(done[0].out / "V1" / "1-collect" / f"{value}.jsonl", tmp_path / "earlier")
+    config = replace(config, comparisons=tmp_path / "earlier", versions=("reward",))
+    run(config)
+    state = json.loads((config.out / "V1" / "1-reward" / "done.json").read_text())
+    assert state["batches"] == [str(tmp_path / "earlier")] and state["learned"] == 1
+    changed = tmp_path / "earlier" / "safety.jsonl"
+    write_preferences(changed, read_preferences(changed)[1:])
+    with pytest.raises(ValueError, match="safety comparisons"):
+        run(config)
 
 
 @pytest.mark.parametrize(("model", "versions", "variants"), [
@@ -264,7 +306,7 @@ def test_people_annotate_and_the_program_goes_on(config, simulated):
     with pytest.raises(SystemExit, match=r"To be annotated .*helpfulness.sqlite, .*safety.sqlite"):
         run(people)
     folder = config.out / "V1" / "1-collect"
-    for value in rlhf.VALUES:
+    for value in VALUES:
         desk = Desk(folder / f"{value}.sqlite")
         while task := desk.next_task("ann"):
             desk.submit(task, unblind(task, 0, (True, True) if value == "safety" else None))  # the left one, always
