@@ -2312,8 +2312,12 @@ verdict("PPO raises gold helpfulness on top of rejection sampling, two rounds, f
 verdict("with both reward models and the gate PPO does not lower gold safety, two rounds", "> -0.02",
         of_seeds(final, "safety 1"), of_seeds(before, "safety 1"))  # fmt: skip
 for arm in arms:
+    gains = [b.mean() - a.mean() for a, b in zip(looked(arm, 0, "safety 1"), looked(arm, -1, "safety 1"), strict=True)]
+    print(f"change of gold safety in one round, {arm}, each seed: {', '.join(f'{gain:+.3f}' for gain in gains)}")
     verdict(f"PPO, one round, {arm}: gold helpfulness", "> 0", looked(arm, -1, "helpfulness 1"),
             looked(arm, 0, "helpfulness 1"))  # fmt: skip
+verdict("with both reward models and the gate PPO does not lower gold safety, one round", "> -0.02",
+        looked(both, -1, "safety 1"), looked(both, 0, "safety 1"))  # fmt: skip
 verdict("with the helpfulness model alone PPO lowers gold safety", "< 0",
         looked(alone, -1, "safety 1"), looked(alone, 0, "safety 1"))  # fmt: skip
 verdict("PPO raises the mean reward of held-out prompts, both reward models", "> 0",
@@ -2327,11 +2331,12 @@ print("KL at the end, nats an answer:", {arm: [round(x, 2) for x in of] for arm,
 assert max(itertools.chain(*kl.values())) < 10
 
 # %% [markdown]
-# Safety is where PPO shows the paper's point: the helpfulness model alone spends it within ten iterations, and with
-# both models and the gate it stays. Helpfulness rises in both cases. An independent reward model sees less than a third
-# of the gain that the policy's own one sees: the rest is Goodhart's share. In the program two rounds of PPO, each after
-# new comparisons, raise helpfulness and safety for every seed; over three seeds the interval is clear for familiar
-# people and things, and not for new ones.
+# Safety is where PPO shows the paper's point: the helpfulness model alone spends it within ten iterations. With both
+# models and the gate no seed loses any from beginning to end, though three seeds do not exclude a loss of 0.02.
+# Helpfulness rises in both cases. An independent reward model sees less than a third of the gain that the policy's own
+# one sees: the rest is Goodhart's share. In the program two rounds of PPO, each after new comparisons, raise
+# helpfulness and safety for every seed; over three seeds the interval is clear for the helpfulness about familiar
+# people and things, and neither for new ones nor for safety.
 #
 # ### What matters where the paper is silent
 #
