@@ -251,6 +251,20 @@ def test_the_command_makes_data_and_trains_on_the_last_answers(recipe, tokenizer
     assert not torch.equal(before.output.weight, after.output.weight)
 
 
+def test_the_command_samples_a_share_of_the_earlier_answers(recipe, monkeypatch):
+    monkeypatch.setattr(gatt, "train", lambda *_: None)
+    written = {dialog[0]["content"]: dialog[1]["content"] for dialog in read_dialogs(recipe.dialogs)}
+    for share in (0.0, 1.0):
+        place = recipe.out.with_name(f"share {share}")
+        run(replace(recipe, obeying=share, out=place))
+        longer = [dialog for dialog in read_dialogs(place / "gatt.jsonl") if len(dialog) > 3]
+        assert longer
+        kept = [written[dialog[1]["content"]] == dialog[2]["content"] for dialog in longer]
+        assert all(kept) if share == 0 else not any(kept)
+    with pytest.raises(ValueError, match=r"obeying 1.5: expected a share"):
+        replace(recipe, obeying=1.5)
+
+
 def test_rehearsal_counts_all_answers(recipe, tmp_path, capsys):
     write_dialogs(tmp_path / "keep.jsonl", [[user("one"), answer("two"), user("three"), answer("four five six")]] * 5)
     run(recipe)
