@@ -2,7 +2,7 @@
 # # The tour
 #
 # > From raw text to a small Llama 2 that writes, and on to one that answers and learns from judgements of its answers,
-# > in ten minutes on a laptop and without a network. Each stage is a few calls into the library; the chapters
+# > in twelve minutes on a laptop and without a network. Each stage is a few calls into the library; the chapters
 # > explain what is inside.
 #
 # The paper's pipeline begins with text and a tokenizer, trains a base model on it (section 2), fine-tunes that on
@@ -29,8 +29,10 @@ from llama2lib.chat import Chat, respond, widget
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.corpus import Source, describe, mix, packaged_sources, read_documents, shares, token_stream
 from llama2lib.dialog import encode_dialog
+from llama2lib.gatt import answered, build_gatt_example, contexts, converse, joined, newest_turns, obeying
 from llama2lib.generation import generate
-from llama2lib.judge import scores
+from llama2lib.judge import obeys, scores
+from llama2lib.mini_gatt import instructed, learned, talk, under
 from llama2lib.mini_rlhf import asked
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.ppo import PPO, ppo
@@ -341,22 +343,97 @@ def reinforced(inputs: dict) -> dict:
 
 recipe = replace(PPO["mini"], iterations=1 if smoke else 16)
 inputs = {"weights": found["weights"], "judged": judged, "recipe": recipe}
-learned = cached("tour-reinforced", inputs, reinforced)
+learned_by_ppo = cached("tour-reinforced", inputs, reinforced)
 final = Llama(chat_model.config)
-final.load_state_dict(learned["weights"])
-rewards, kl = learned["log"].T
+final.load_state_dict(learned_by_ppo["weights"])
+rewards, kl = learned_by_ppo["log"].T
 half = max(1, len(rewards) // 2)
 print(f"mean reward {rewards[:half].mean():.2f} in the first half, {rewards[-half:].mean():.2f} in the second")
 print(f"KL to the start: {kl[-1]:.1f} nats an answer")
 _ = show("PPO", final.eval())
 
 # %% [markdown]
-# ## 12. Chat
+# ## 12. Ghost Attention
+#
+# Told how to answer, a chat model remembers it for a turn or two. Ghost Attention makes an instruction hold (section
+# 3.3): the model answers with the instruction in every message, then the instruction is taken out of all messages but
+# the first, and the model learns from its last answer. Ours has to learn first to obey an instruction in front of it,
+# here one kind, a language for its yes and thanks; its own answers to other prompts keep up what it can. Two minutes.
+
+
+# %%
+def attentive(inputs: dict) -> dict:
+    "Weights with instructions learned, and with Ghost Attention; `inputs`: weights, judged, sizes, context, turns."
+    random, words, sizes, turns = np.random.default_rng(7), mini.tokenizer(), inputs["sizes"], inputs["turns"]
+    model, ghost = (Llama(replace(mini.chat().config, max_seq_len=inputs["context"])) for _ in range(2))
+    model.load_state_dict(inputs["weights"])
+    prompts = [prompt.messages for prompt in asked(0, 8, sizes["own"])]
+    replies = zip(prompts, respond(model, words, prompts, 64, 0.5, seed=2), strict=True)
+    own = [encode_dialog(words, [*m, {"role": "assistant", "content": r.text}]) for m, r in replies if r.finished]
+    texts = [words.encode(text, bos=True, eos=True) for text in synthetic.documents(random, sizes["texts"])]
+    rehearsed = own + [(text, [0] + [1] * (len(text) - 1)) for text in texts]
+    lessons = []
+    for number in range(sizes["lessons"]):
+        rules, both = instructed(random, "train", {"language": 1})
+        length = 1 if number % 50 else int(random.integers(2, turns + 1))
+        messages = talk(random, length, "train", rules, {"full": 0.5, "terse": 0.5})
+        text = both[int(random.integers(2))]
+        lessons.append(encode_dialog(words, under(text, messages) if number % 2 else joined(messages, text)))
+    before = learned(model, lessons + rehearsed, 1e-3, 0, "an instruction in front")["weights"]
+    ghost.load_state_dict(before)
+    dialogs = [talk(random, int(random.integers(2, turns + 1))) for _ in range(sizes["conversations"])]
+    instructions = [instructed(random, "train", {"language": 1})[1] for _ in dialogs]
+    room, seeds = inputs["context"] - 64, list(range(len(dialogs)))
+    cuts = obeying(model, words, contexts(dialogs, instructions, words, room), 0.5, room, 64, 0.5)
+    reward = Reward(newest_turns(rewards_of(*inputs["judged"].values()).helpful, 1))
+    rows = answered(model, words, cuts, reward, 4, 0.5, 1.0, 64, seeds)
+    examples = [
+        build_gatt_example(words, [*cut.messages, {"role": "assistant", "content": text}], cut.system)
+        for cut, text, _ in rows
+    ]
+    after = learned(ghost, examples + rehearsed, 6e-4, 0, "an instruction far back")["weights"]
+    return {"before": before, "after": after}
+
+
+sizes = {"own": 800, "texts": 1200, "lessons": 2000, "conversations": 400}
+if smoke:
+    sizes = dict.fromkeys(sizes, 12)
+turns = 3 if smoke else 10
+inputs = {"weights": learned_by_ppo["weights"], "judged": judged, "sizes": sizes, "context": 2048, "turns": turns}
+found = cached("tour-attentive", inputs, attentive)
+random, obeyed = np.random.default_rng(8), {}
+instructions = [instructed(random, "train", {"language": 1})[1].long for _ in range(3 if smoke else 24)]
+questions = [
+    [message["content"] for message in talk(random, turns, "test", kinds=synthetic.HELPFUL)[::2]] for _ in instructions
+]
+final = Llama(replace(chat_model.config, max_seq_len=2048))
+for name, weights in found.items():
+    final.load_state_dict(weights)
+    dialogs = converse(final.eval(), words, questions, instructions)
+    obeyed[name] = np.array([
+        [all(obeys(dialog[:place], dialog[place]["content"]).values()) for place in range(2, 2 * turns + 1, 2)]
+        for dialog in dialogs
+    ]).mean(0)  # fmt: skip
+    print(f"{name:>6}: " + " ".join(f"{share:.2f}" for share in obeyed[name]))
+    if name == "after":
+        _ = show("Ghost Attention", final)
+fig, ax = plt.subplots(figsize=(5.6, 3))
+for name, share in obeyed.items():
+    ax.plot(range(1, turns + 1), share, "o-", markersize=3, label=f"{name} Ghost Attention")
+ax.set(xlabel="turn", ylabel="share of answers that obey", ylim=(-0.02, 1.02))
+ax.set_title("Without Ghost Attention the language is forgotten at once")
+ax.legend(fontsize=8)
+plots.save(fig, "00_ghost_attention.png")
+if not smoke:
+    assert obeyed["after"].mean() > obeyed["before"].mean()
+
+# %% [markdown]
+# ## 13. Chat
 #
 # Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
 
 # %%
-chat = Chat(final, words, max_new_tokens=64)
+chat = Chat(final, words, "Language: French.", max_new_tokens=64)
 for text in ("Where does Ida live?", "What pet does she have?", "How can I open the gate?"):
     print(f"> {text}\n{''.join(chat.reply(text))}")
 save_checkpoint(final, folder / "chat", tokenizer=words)
@@ -368,6 +445,6 @@ widget(Chat(final, words, max_new_tokens=64))
 # %% [markdown]
 # ## What comes next
 #
-# Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, chapters 04 and 05
-# to answer better, and all say where the paper is silent; chapter 12 is the small world. To load a real Llama 2, give
-# `load_checkpoint` the folder that Meta or Hugging Face ships.
+# Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, chapters 04 and
+# 05 to answer better, chapter 06 to remember what it was told, and all say where the paper is silent; chapter 12 is
+# the small world. To load a real Llama 2, give `load_checkpoint` the folder that Meta or Hugging Face ships.
