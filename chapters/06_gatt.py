@@ -621,8 +621,9 @@ def attention_mass(model: Llama, tokens: Sequence[int], places: slice) -> Float[
 # obey the instruction in front of it. Half of its short conversations have the instruction as a system message, half
 # have it joined to the question; a few are long, with the instruction in every message, or with a system message
 # that asks for nothing. Version 3's best answers and texts of the mini world keep up what it can and knows. No
-# conversation of more than three turns has its instruction in the system message alone: how long that holds is what
-# we measure.
+# conversation of more than one turn has its instruction in the system message alone: how long that holds is what we
+# measure. On two cores the samples for Ghost Attention take 105 seconds and its training 167; the stage before takes
+# eleven minutes on one.
 
 # %%
 #| default_exp mini_gatt
