@@ -356,8 +356,8 @@ def converse(
 #
 # In the paper's data no earlier answer obeys. In use, once Ghost Attention works, all of them do: the model reads its
 # own answers, and it has never learned from such a conversation. On the mini world this is where it fails, as the
-# section *What it is that helps* measures: behind answers that do not obey the model finds its instruction, and in
-# conversations of its own it slips, and then repeats the slip.
+# measurements below show: behind answers that do not obey the model finds its instruction, and in conversations of its
+# own it slips.
 #
 # > Ours: in a share of the conversations the earlier answers are the newest model's own as well, sampled with the
 # > instruction in every message. They too have loss 0. A share of 0 is the paper's data.
@@ -877,7 +877,7 @@ for number in (0, 1, SIZES["short"]):
 #
 # A model answers 24 questions, one after the other, under an instruction, and the judge says of every answer whether it
 # obeys. Questions are of chapter 12's test split; the instructions' words are those of training. The ceiling is the
-# model before Ghost Attention with the instruction in every message. Ours was written down before the runs:
+# model before Ghost Attention with the instruction in every message. What follows was written down before the runs:
 #
 # 1. The ceiling is above 0.7 for three kinds of instructions at least, the word at the end among them.
 # 2. Over turns 6 to 20, Ghost Attention reaches 0.9 of the ceiling.
@@ -1036,7 +1036,7 @@ verdict("gold helpfulness without an instruction: after Ghost Attention minus 0.
 # As many conversations, with other data or another loss, which is 3 % fewer to 8 % more steps:
 #
 # - *earlier answers as written*: the paper's data. The same last answers, but no answer before them obeys.
-# - *all answers*: without the mask of section 3.3. The answers in between do not obey, and are learned as well.
+# - *all answers*: without the mask of section 3.3. The answers in between, half of which do not obey, are learned too.
 # - *instruction on every turn*: it is not dropped. What is learned is what the model could do before.
 # - *plain* and *last answer*: the written conversations, with a system message that asks for nothing.
 # - *without endings*: Ghost Attention on hobbies, figures and languages alone. Does a kind that it never saw hold too?
@@ -1073,8 +1073,8 @@ verdict("a kind of instruction that Ghost Attention never saw: minus plain fine-
 # Earlier answers that obey make the difference where the paper's data fail. Those reach 0.70, 0.79 and 0.98: less with
 # every seed, but so unevenly that the verdict is unclear; with seed 0 only 0.14 of the answers obey for a language. The
 # table of single answers says why: behind answers that do not obey, which they learned from, such models are even a
-# little better. It is their own answers they stumble over. (In this world they reply 'I am happy to help!' once, where
-# 'Oui' belongs, and every answer after it begins so.)
+# little better. It is their own answers they stumble over. (In a pilot run with seed 0 most failures for a language
+# had its thanks at the end, and began with 'I am happy to help!' where its yes belongs.)
 #
 # The mask of section 3.3 helps every seed, by 0.07 to 0.20, and here too the verdict is unclear. It would help more
 # on the paper's data, where all the earlier answers disobey: in the second run, of seed 0, a loss on all answers left
@@ -1117,7 +1117,7 @@ def recalled(inputs: dict) -> dict:
     return {"right": np.array(right, float).reshape(-1, len(inputs["turns"]))}
 
 
-turns = by_scale(smoke=[2, 3], laptop=[2, 4, 6, 8, 10, 12, 14, 16, 18, 20], a100=[2, 4, 6, 20])
+turns = list(range(2, 21, 2)) if at_scale else [2, 3]
 these = [number for number, kind in enumerate(kinds) if kind in ("hobby", "figure")]
 recall = {}
 for seed, way in itertools.product(runs, ("before", "plain", "Ghost Attention")):
@@ -1150,6 +1150,9 @@ verdict("recall of hobby or figure, turns 6 to 20: Ghost Attention minus before"
 
 # %% [markdown]
 # ### Side by side (Figure 9)
+#
+# The paper's figure has dialogues with and without Ghost Attention. Ours is the first of the conversations under a
+# public figure, as it came; the model's facts are often wrong, and that is not what is looked at here.
 
 # %%
 number = next(n for n, kind in enumerate(kinds) if kind == "figure")
@@ -1171,6 +1174,10 @@ if at_scale:
 
 # %% [markdown]
 # ### Where it looks (Figure 10)
+#
+# The number for it is the attention that an answer's tokens give to the instruction, by the head that gives it most.
+# The verdict is on the mean over an answer, as planned. The first look at seed 0 showed that only a token or two of an
+# answer read the instruction, which a mean hides: so the figure also has the token that reads it most.
 
 # %%
 def system_place(tokenizer, dialog: list[dict]) -> slice:

@@ -154,7 +154,7 @@ def test_conversations_are_cut_anywhere_and_half_of_the_instructions_are_short(t
 
 def test_a_conversation_without_room_loses_its_oldest_turns_and_not_the_instruction(tokenizer):
     instructions = [Instruction("one two three", "one")]
-    longest = max(len(encode_dialog(tokenizer, joined(TALK[:5], "one two three"))[0]) for _ in [0])
+    longest = len(encode_dialog(tokenizer, joined(TALK[:5], "one two three"))[0])
     cuts = contexts([TALK] * 60, instructions, tokenizer, longest - 1)
     assert TALK[2:5] in [cut.messages for cut in cuts] and TALK[:5] not in [cut.messages for cut in cuts]
     for cut in cuts:
@@ -299,8 +299,6 @@ def killed(steps):
 setattr(gatt, when, dying)
 gatt.run(recipe)
 """
-
-
     for when in ("answered", "sft"):
         ran = subprocess.run(
             [sys.executable, "-c", code], input=pickle.dumps((recipe, when)), capture_output=True,
