@@ -209,7 +209,7 @@ def test_earlier_answers_become_those_under_the_instruction(chat, tokenizer, mon
     assert obeying(chat, tokenizer, cuts[2:3], 1.0, whole - 1, 12, 1.0)[0].messages == every[2].messages[2:]
 
 
-def test_earlier_answers_are_sampled_chunk_by_chunk(chat, tokenizer):
+def test_earlier_answers_are_fixed_by_their_seed(chat, tokenizer):
     cuts = [Context(TALK[:5], "nine", "ten"), Context(TALK[:3], "eight", "seven")]
     one, again, other = (obeying(chat, tokenizer, cuts, 1.0, 100, 12, 1.0, seed) for seed in (3, 3, 4))
     assert one == again != other and all(a.messages != b.messages for a, b in zip(one, cuts, strict=True))
