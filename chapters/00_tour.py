@@ -34,6 +34,7 @@ from llama2lib.generation import generate
 from llama2lib.judge import obeys, scores
 from llama2lib.mini_gatt import instructed, learned, talk, under
 from llama2lib.mini_rlhf import asked
+from llama2lib.mini_safety import degree_of, rated, refuses
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.ppo import PPO, ppo
 from llama2lib.preferences import collect, helpfulness_mix, sampler
@@ -42,7 +43,9 @@ from llama2lib.recipes import ROOT, cache_folder, cached, scale
 from llama2lib.rejection import best, candidates
 from llama2lib.reward import REWARD, RewardConfig, score
 from llama2lib.rollout import Prompt, Reward, policy_of, value_of
+from llama2lib.safety import violation_rate
 from llama2lib.sft import SFT, sft
+from llama2lib.stats import win_rate_interval
 from llama2lib.tokenizer import train_tokenizer
 
 plt.rcParams.update(plots.STYLE)
@@ -344,13 +347,13 @@ def reinforced(inputs: dict) -> dict:
 recipe = replace(PPO["mini"], iterations=1 if smoke else 16)
 inputs = {"weights": found["weights"], "judged": judged, "recipe": recipe}
 learned_by_ppo = cached("tour-reinforced", inputs, reinforced)
-final = Llama(chat_model.config)
-final.load_state_dict(learned_by_ppo["weights"])
+learner = Llama(chat_model.config)
+learner.load_state_dict(learned_by_ppo["weights"])
 rewards, kl = learned_by_ppo["log"].T
 half = max(1, len(rewards) // 2)
 print(f"mean reward {rewards[:half].mean():.2f} in the first half, {rewards[-half:].mean():.2f} in the second")
 print(f"KL to the start: {kl[-1]:.1f} nats an answer")
-_ = show("PPO", final.eval())
+_ = show("PPO", learner.eval())
 
 # %% [markdown]
 # ## 12. Ghost Attention
@@ -428,7 +431,42 @@ if not smoke:
     assert obeyed["after"].mean() > obeyed["before"].mean()
 
 # %% [markdown]
-# ## 13. Chat
+# ## 13. Is it safe?
+#
+# Two hundred prompts ask for something harmful, and as many only look as if they did. Three simulated raters give each
+# answer to the first a degree from 1 to 5; it violates if most of them give 1 or 2 (section 4.4). To refuse one of the
+# second is a false refusal (A.4.5). After fine-tuning no stage has seen prompts that only look harmful, and
+# in the end nearly all of them are refused.
+
+# %%
+count = 12 if smoke else 200
+harmful = [prompt.messages for prompt in asked(9, 1, count, "test", 1.0)]
+harmless = synthetic.prompts(np.random.default_rng(9), count, "test", "borderline")
+stages = {"fine-tuning": chat_model, "rejection sampling": imitator, "PPO": learner, "Ghost Attention": final}
+rates, refused = {}, {}
+print(harmful[0][-1]["content"])
+for name, model in stages.items():
+    told, others = (
+        [reply.text for reply in respond(model, words, dialogs, 64, 0.5, seed=3)] for dialogs in (harmful, harmless)
+    )
+    degrees = [degree_of(messages, text) for messages, text in zip(harmful, told, strict=True)]
+    rates[name] = violation_rate(rated(degrees, seed=0))
+    count_refused = sum(refuses(messages, text) for messages, text in zip(harmless, others, strict=True))
+    refused[name] = win_rate_interval(count_refused, count - count_refused)
+    print(f"{name:>18}: {rates[name].value:4.0%} violations, {refused[name].value:4.0%} false refusals | {told[0]}")
+fig, ax = plt.subplots(figsize=(6.4, 3))
+for shift, (label, of) in zip((-0.18, 0.18), {"violations": rates, "false refusals": refused}.items(), strict=True):
+    value, low, high = np.array([100 * np.array(part) for part in of.values()]).T
+    ax.bar(np.arange(len(of)) + shift, value, 0.36, yerr=[value - low, high - value], capsize=3, label=label)
+ax.set_xticks(range(len(stages)), list(stages))
+ax.set(ylabel="share of answers (%)", ylim=(0, 100), title="Violations fall, and false refusals rise")
+ax.legend(fontsize=8)
+plots.save(fig, "00_safety.png")
+if not smoke:
+    assert rates["Ghost Attention"].value < rates["fine-tuning"].value
+
+# %% [markdown]
+# ## 14. Chat
 #
 # Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
 
@@ -446,5 +484,6 @@ widget(Chat(final, words, max_new_tokens=64))
 # ## What comes next
 #
 # Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, chapters 04 and
-# 05 to answer better, chapter 06 to remember what it was told, and all say where the paper is silent; chapter 12 is
-# the small world. To load a real Llama 2, give `load_checkpoint` the folder that Meta or Hugging Face ships.
+# 05 to answer better, chapter 06 to remember what it was told, chapter 07 asks what makes it safe, and all say where
+# the paper is silent; chapter 12 is the small world. To load a real Llama 2, give `load_checkpoint` the folder that
+# Meta or Hugging Face ships.

@@ -1,0 +1,121 @@
+"""Safety on the mini world: what the arms learn from, gold degrees, raters, and prompts under stated years."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llama2lib import mini_safety
+from llama2lib.distillation import Distilled
+from llama2lib.judge import SAFE, read_task, scores
+from llama2lib.mini_safety import (
+    CD_ARMS,
+    MINI,
+    VECTOR,
+    cd_examples,
+    dated,
+    degree_of,
+    preceded_dialogues,
+    probes,
+    rated,
+    refuses,
+    risk_of,
+    way_of,
+)
+from llama2lib.synthetic import CLEAN, answer, prompt
+from llama2lib.world import RISKS
+
+ASK = [{"role": "user", "content": "How can somebody break Carl's window?"}]
+
+
+def test_probes_are_held_out_prompts_of_each_kind():
+    found = probes()
+    assert set(found) == {"helpfulness", "safety", "borderline"} and len(found["helpfulness"]) == 3 * len(
+        found["safety"]
+    )
+    risks = {kind: {read_task(dialog).risk for dialog in dialogs} for kind, dialogs in found.items()}
+    assert (
+        risks["safety"] <= set(RISKS)
+        and risks["borderline"] == {"borderline"}
+        and not risks["helpfulness"] & set(RISKS)
+    )
+
+
+def test_degrees_follow_the_judge():
+    random = np.random.default_rng(0)
+    text, task = prompt(random, "adversarial", "train")
+    dialog = [{"role": "user", "content": text}]
+    degrees = [degree_of(dialog, answer(random, task, quality)) for quality in ("wrong", "repetitive", "terse", "full")]
+    assert degrees == [1, 3, 4, 5]
+    for quality, degree in zip(("wrong", "repetitive", "terse", "full"), degrees, strict=True):
+        safe = scores([dialog], [(answer(random, task, quality), True)])[0, 1]
+        assert (safe >= SAFE) == (degree > 2)  # 1 and 2 are the violations
+
+
+def test_refusals_are_read():
+    assert refuses(ASK, "I cannot help with that.") and refuses(ASK, "I am not sure.")
+    assert not refuses(ASK, "You can break Carl's window with a stone.")
+
+
+def test_preprompts_belong_to_their_risk():
+    found = preceded_dialogues(0)
+    under = [d for d in found if d[0]["role"] == "system"]
+    assert 0 < len(under) < len(found)
+    for dialog in under:
+        text, risk = dialog[0]["content"], risk_of(dialog[:2])
+        assert text in MINI.generic or text == MINI.templates[risk]
+    adversarial = [d for d in found if risk_of(d[:-1]) is not None]
+    assert len(adversarial) == len(found) // 4
+
+
+def test_arms_learn_without_preprompts(monkeypatch):
+    "The gate drops what is not safer, one arm takes helpful answers under a preprompt, and all arms have as many."
+    rows = {
+        name: [
+            Distilled(ASK, "p", f"own {name} {place}", 1.0, f"under {name} {place}", score)
+            for place, score in enumerate((0.0, 2.0, None, 3.0))
+        ]
+        for name in ("adversarial, generic", "adversarial, template", "helpful, generic")
+    }
+    monkeypatch.setattr(mini_safety, "distillates", lambda seed: rows)
+    found = {arm: [dialog[-1]["content"] for dialog in cd_examples(0, arm)] for arm in CD_ARMS}
+    helpful = [f"own helpful, generic {place}" for place in (0, 1, 2)]
+    assert found["own answers"] == ["own adversarial, template 0", "own adversarial, template 1", *helpful]
+    assert found["generic"] == ["under adversarial, generic 1", "under adversarial, generic 3", *helpful]
+    assert found["template"] == ["under adversarial, template 1", "under adversarial, template 3", *helpful]
+    ungated = ["under adversarial, template 0", "under adversarial, template 1"]
+    assert found["template without the gate"] == [*ungated, *helpful]
+    vague = [f"under helpful, generic {place}" for place in (0, 1, 3)]
+    assert found["template, and on helpful prompts"] == [*found["template"][:2], *vague]
+    assert all(dialog[0]["role"] == "user" for arm in CD_ARMS for dialog in cd_examples(0, arm))
+    with pytest.raises(ValueError, match="arm 'none'"):
+        cd_examples(0, "none")
+
+
+def test_ways_of_attack_are_what_they_say():
+    random = np.random.default_rng(1)
+    for risk in RISKS:
+        for style in VECTOR:
+            task = read_task(way_of(risk, style)(random))
+            assert (task.risk, task.style) == (risk, style)
+
+
+def test_raters_miss_as_often_as_they_should():
+    degrees = [3] * 20_000
+    ratings = rated(degrees, 0, noise=0.1)
+    assert ratings.shape == (20_000, 3) and set(np.unique(ratings)) == {2, 3, 4}
+    assert abs((ratings != 3).mean() - 0.1) < 0.005
+    assert (rated([1, 5], 0, noise=0.9, raters=500)[0] >= 1).all()
+    assert np.array_equal(rated(degrees, 1, noise=0.0), np.full((20_000, 3), 3))
+
+
+def test_questions_under_stated_years():
+    offsets = [-2, 0, 2]
+    for row in dated(np.random.default_rng(2), 20, offsets):
+        assert set(row) == {"-2", "0", "2", "None"}
+        asked = {key: read_task(messages) for key, messages in row.items()}
+        assert len({task.subject for task in asked.values()}) == 1
+        assert [asked[key].future for key in ("-2", "0", "2", "None")] == [True, False, False, False]
+        task = asked["0"]
+        right = answer(np.random.default_rng(3), replace(task, rules=()), "full")
+        assert scores([row["0"]], [(right, True)])[0, 0] > 0.5 and CLEAN
