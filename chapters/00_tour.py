@@ -457,9 +457,10 @@ for name, model in stages.items():
 fig, ax = plt.subplots(figsize=(6.4, 3))
 for shift, (label, of) in zip((-0.18, 0.18), {"violations": rates, "false refusals": refused}.items(), strict=True):
     value, low, high = np.array([100 * np.array(part) for part in of.values()]).T
-    ax.bar(np.arange(len(of)) + shift, value, 0.36, yerr=[value - low, high - value], capsize=3, label=label)
+    ends = np.maximum([value - low, high - value], 0)
+    ax.bar(np.arange(len(of)) + shift, value, 0.36, yerr=ends, capsize=3, label=label)
 ax.set_xticks(range(len(stages)), list(stages))
-ax.set(ylabel="share of answers (%)", ylim=(0, 100), title="Violations fall, and false refusals rise")
+ax.set(ylabel="share of answers (%)", ylim=(0, 100), title="Violations fall until PPO, and false refusals rise")
 ax.legend(fontsize=8)
 plots.save(fig, "00_safety.png")
 if not smoke:

@@ -110,16 +110,19 @@ def profanity(texts: Sequence[str]) -> np.ndarray:
 def local_classifier(path: str | os.PathLike, batch: int = 64) -> Classifier:
     """The sequence classifier in a Hugging Face folder, as probabilities of its label for toxic.
 
-    That label is 'toxic', 'hate', or 'LABEL_1' of two; ValueError with the labels of a classifier without one.
+    That label is 'toxic', 'hate', or 'LABEL_1' of two; labels may exclude each other or, as the folder says, not.
+    ValueError with the labels of a classifier without one.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path)
     labels = [model.config.id2label[number].lower() for number in range(model.config.num_labels)]
-    place = next((n for n, name in enumerate(labels) if name in ("toxic", "hate", "label_1")), None)
-    if place is None or len(labels) < 2:
-        raise ValueError(f"{path}: labels {', '.join(labels)}; expected one of toxic, hate, LABEL_1")
+    known = ("toxic", "hate", *["label_1"] * (len(labels) == 2))
+    place = next((n for n, name in enumerate(labels) if name in known), None)
+    several = model.config.problem_type == "multi_label_classification"
+    if place is None or (len(labels) < 2 and not several):
+        raise ValueError(f"{path}: labels {', '.join(labels)}; expected toxic or hate among them, or LABEL_1 of two")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
 
@@ -129,7 +132,8 @@ def local_classifier(path: str | os.PathLike, batch: int = 64) -> Classifier:
         for start in range(0, len(texts), batch):
             rows = list(texts[start : start + batch])
             inputs = tokenizer(rows, return_tensors="pt", padding=True, truncation=True, max_length=512).to(device)
-            found.append(model(**inputs).logits.float().softmax(-1)[:, place].cpu().numpy())
+            logits = model(**inputs).logits.float()
+            found.append((logits.sigmoid() if several else logits.softmax(-1))[:, place].cpu().numpy())
         return np.concatenate(found) if found else np.zeros(0)
 
     return classify

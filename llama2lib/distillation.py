@@ -24,7 +24,7 @@ import itertools
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,8 +98,10 @@ class Distilled(NamedTuple):
 
     @property
     def safer(self) -> bool:
-        "Whether the answer under the preprompt ended, and is scored higher than the model's own, if that did."
-        return self.score is not None and (self.own_score is None or self.score > self.own_score)
+        "Whether the answer under the preprompt ended, is another, and is scored higher than the own, if that did end."
+        if self.score is None or self.answer == self.own:  # equal answers in two batches may differ by a rounding
+            return False
+        return self.own_score is None or self.score > self.own_score
 
 
 def preceded(messages: Sequence[Message], preprompt: str) -> list[Message]:
@@ -167,8 +169,8 @@ class DistillationConfig:
     chunk: int = 64  # prompts between saves
 
     def __post_init__(self):
-        if min(self.max_new_tokens, self.chunk) < 1 or self.temperature <= 0:
-            raise ValueError(f"{self}: expected numbers of at least 1, and a temperature above 0")
+        if min(self.max_new_tokens, self.chunk) < 1 or self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: expected numbers of at least 1, a temperature above 0, top_p of 0 to 1")
 
 
 DISTILLATION = {
@@ -182,7 +184,7 @@ def read_categories(path: str | os.PathLike, known: Preprompts) -> list[str | No
     found = []
     for number, row in records(path):
         category = row.get("category") if isinstance(row, dict) else None
-        if category is not None and category not in known.templates:
+        if category is not None and (not isinstance(category, str) or category not in known.templates):
             expected = f"expected one of {', '.join(known.templates)}, or null"
             raise ValueError(f"{path}:{number}: category {category!r}; {expected}")
         found.append(category)
@@ -207,7 +209,8 @@ def run(config: DistillationConfig) -> Path:
         if not chosen:
             raise ValueError(f"{config.prompts}: no prompt with is_safety true; distillation is for adversarial ones")
         files = [config.preprompts] if config.preprompts else []
-        record_settings(config.out, config, prompts=[config.prompts], preprompts=files)
+        # what is kept may change between two runs, not what is sampled
+        record_settings(config.out, replace(config, gate=True), prompts=[config.prompts], preprompts=files)
         texts = preprompts([kind if config.templates else None for _, kind in chosen], known, config.seed)
         items = [(prompt.messages, text) for (prompt, _), text in zip(chosen, texts, strict=True)]
         model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
@@ -222,9 +225,10 @@ def run(config: DistillationConfig) -> Path:
         if not dist.is_initialized() or dist.get_rank() == 0:
             rows = [Distilled(**row) for part in parts for _, row in records(part)]
             kept = [row for row in rows if (row.safer if config.gate else row.score is not None)]
-            if not kept:
-                raise ValueError(f"{config.model}: no answer under a preprompt is safer than the model's own")
             write_pairs(config.out / "pairs.jsonl", rows)
+            if not kept:
+                what = "is safer than the model's own" if config.gate else "has ended"
+                raise ValueError(f"{config.out / 'pairs.jsonl'}: no answer under a preprompt {what}")
             lines = ({"messages": [*r.messages, {"role": "assistant", "content": r.answer}]} for r in kept)
             write_atomic(
                 config.out / "distilled.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

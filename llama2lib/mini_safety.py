@@ -254,9 +254,10 @@ def cd_examples(seed: int, arm: str) -> list[list[Message]]:
         "template": under_preprompt(template, True),
         "template without the gate": under_preprompt(template, False),
     }
-    others = {"own": own(rows["helpful, generic"]), "distilled": under_preprompt(rows["helpful, generic"], False)}
-    fewest, fewer = (min(map(len, part.values())) for part in (adversarial, others))
-    return adversarial[arm.split(",")[0]][:fewest] + others["distilled" if "helpful" in arm else "own"][:fewer]
+    fewest = min(map(len, adversarial.values()))
+    helpful = [row for row in rows["helpful, generic"] if None not in (row.own_score, row.score)]
+    others = under_preprompt(helpful, False) if "helpful" in arm else own(helpful)
+    return adversarial[arm.split(",")[0]][:fewest] + others
 
 
 def taught_careful(inputs: dict) -> dict:
@@ -278,16 +279,15 @@ def skilled(seed: int, kind: str, count: int) -> Llama:
     return mini.tuned(seed, mini.taught(seed) + more)
 
 
-def dated(random: Generator, count: int, offsets: Sequence[int]) -> list[dict[str, list[Message]]]:
-    "Questions about an office in a year, each asked under stated years that are so far from it; None: no year stated."
-    found = []
-    while len(found) < count:
-        text, _, subject, _ = question(random, "dated", "test")
-        year, wording = int(subject.split(" in ")[1]), pick(random, wordings("today", "test"))
-        if all(year + offset in YEARS for offset in offsets):
-            today = {offset: written(fill(wording, "name", v=year + offset)) for offset in offsets}
-            forms = {str(offset): f"{said} {written(text)}" for offset, said in today.items()} | {"None": written(text)}
-            found.append({key: [{"role": "user", "content": form}] for key, form in forms.items()})
+def dated() -> list[tuple[int, int | None, list[Message]]]:
+    "All questions about an office in a held-out year: that year, the year that is stated, or None, and the prompt."
+    random, found = np.random.default_rng(81), []
+    [wording] = wordings("today", "test")
+    for text, subject in sorted({question(random, "dated", "test")[::2] for _ in range(500)}):
+        year = int(subject.split(" in ")[1])
+        for stated in (*YEARS, None):
+            said = "" if stated is None else written(fill(wording, "name", v=stated)) + " "
+            found.append((year, stated, [{"role": "user", "content": said + written(text)}]))
     return found
 
 
@@ -391,20 +391,22 @@ def rated(degrees: Sequence[int], seed: int, noise: float = 0.1, raters: int = 3
 # ---------- chapters/07_safety.py · Time and tools on the mini world (section 5.1)
 
 def timed(inputs: dict) -> dict:
-    """Whether answers say 'still to come', and are right (N O), under stated years.
+    """Whether answers to `dated` questions say 'still to come', and are right (Q 11), under YEARS and none.
 
-    `inputs`: seed, taught (number of dated examples), count, offsets of the stated years.
+    `inputs`: seed, taught (number of dated examples). Also the years asked about (Q).
     """
-    seed, keys = inputs["seed"], [*map(str, inputs["offsets"]), "None"]
+    seed, width = inputs["seed"], len(YEARS) + 1
     model = skilled(seed, "dated", inputs["taught"]) if inputs["taught"] else mini.chat(seed)
-    rows = dated(np.random.default_rng(81), inputs["count"], inputs["offsets"])
-    dialogs = [row[key] for row in rows for key in keys]
+    years, _, dialogs = zip(*dated(), strict=True)
     replies = respond(model, mini.tokenizer(), dialogs, 64)
     said = (read_answer(read_task(messages), reply.text) for messages, reply in zip(dialogs, replies, strict=True))
     ahead = np.array([any(part.role == "future" for part in parts) for parts in said], float)
     right = (scores(dialogs, [tuple(reply) for reply in replies])[:, 0] > 0.5).astype(float)
-    shown = [[messages[-1]["content"], reply.text] for messages, reply in zip(dialogs[:8], replies[:8], strict=True)]
-    return {"ahead": ahead.reshape(-1, len(keys)), "right": right.reshape(-1, len(keys)), "shown": shown}
+    told = zip(dialogs[:width], replies[:width], strict=True)
+    return {
+        "asked": np.array(years[::width]), "ahead": ahead.reshape(-1, width), "right": right.reshape(-1, width),
+        "shown": [[messages[-1]["content"], reply.text] for messages, reply in told],
+    }  # fmt: skip
 
 def summed(inputs: dict) -> dict:
     "Whether answers to sums are right, with the tool and without; `inputs`: seed, taught (number of examples), count."

@@ -15,11 +15,12 @@ __all__ = [
 # ---------- chapters/07_safety.py · Red teaming (section 4.3)
 
 import json
+import operator
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,20 +88,24 @@ class RedTeamLog:
             db.execute("COMMIT")
 
     def start(self, person: str, model: str, at: str | None = None) -> int:
-        "Begin a person's session with a model; its number. `at`: UTC, ISO 8601, else now. ValueError without names."
+        """Begin a person's session with a model; its number.
+
+        at: ISO 8601 with a zone, else now, here and below. ValueError without names, or for another time.
+        """
         if not person.strip() or not model.strip():
             raise ValueError(f"person {person!r}, model {model!r}: expected two names")
         with self._transaction() as db:
-            row = (person, model, at or now())
+            row = (person, model, _utc(at))
             return db.execute("INSERT INTO sessions (person, model, started) VALUES (?, ?, ?)", row).lastrowid
 
     def end(self, session: int, at: str | None = None):
         "End a session. ValueError for one that is not open, or that would end before it began."
+        at = _utc(at)
         with self._transaction() as db:
             found = db.execute("SELECT started FROM sessions WHERE id = ? AND ended IS NULL", (session,)).fetchone()
-            if found is None or (at or now()) < found[0]:
-                raise ValueError(f"session {session}, end {at or 'now'}: expected an open session that began before")
-            db.execute("UPDATE sessions SET ended = ? WHERE id = ?", (at or now(), session))
+            if found is None or at <= found[0]:
+                raise ValueError(f"session {session}, end {at}: expected an open session that began before")
+            db.execute("UPDATE sessions SET ended = ? WHERE id = ?", (at, session))
 
     def add(
         self, session: int, messages: Sequence[Message], answer: str, risk: str, vector: str, degree: int,
@@ -110,13 +115,14 @@ class RedTeamLog:
         check_dialog(messages)
         if messages[-1]["role"] != "user":
             raise ValueError("an attempt ends with a message of the user")
+        degree = operator.index(degree)  # a number of numpy would be stored as bytes
         if risk not in RISKS or vector not in VECTORS or degree not in range(1, 6):
             expected = f"expected one of {', '.join(RISKS)}; one of {', '.join(VECTORS)}; 1 to 5"
             raise ValueError(f"risk {risk!r}, vector {vector!r}, degree {degree!r}: {expected}")
         with self._transaction() as db:
             if not db.execute("SELECT 1 FROM sessions WHERE id = ? AND ended IS NULL", (session,)).fetchone():
                 raise ValueError(f"session {session} is not open")
-            row = (session, at or now(), json.dumps(messages, ensure_ascii=False), answer, risk, vector, degree)
+            row = (session, _utc(at), json.dumps(messages, ensure_ascii=False), answer, risk, vector, degree)
             names = "session, at, messages, answer, risk, vector, degree"
             query = f"INSERT INTO attempts ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)"
             return db.execute(query, row).lastrowid
@@ -129,29 +135,39 @@ class RedTeamLog:
             rows = db.execute(query, {"model": model}).fetchall()
         return [Attempt(*row[:3], json.loads(row[3]), *row[4:]) for row in rows]
 
-    def hours(self, model: str) -> dict[str, float]:
-        "How long each person has had a model in sessions that have ended."
-        query, found = "SELECT person, started, ended FROM sessions WHERE model = ? AND ended IS NOT NULL", {}
+    def sessions(self, model: str) -> list[tuple[str, float, int]]:
+        "Of each session with a model that has ended: person, hours, and how many answers violated."
+        query = """SELECT person, started, ended,
+            (SELECT count(*) FROM attempts a WHERE a.session = s.id AND degree <= ?)
+            FROM sessions s WHERE model = ? AND ended IS NOT NULL ORDER BY id"""
         with self._transaction() as db:
-            rows = db.execute(query, (model,)).fetchall()
-        for person, started, ended in rows:
-            span = datetime.fromisoformat(ended) - datetime.fromisoformat(started)
-            found[person] = found.get(person, 0.0) + span.total_seconds() / 3600
-        return found
+            rows = db.execute(query, (VIOLATION, model)).fetchall()
+        spans = (datetime.fromisoformat(ended) - datetime.fromisoformat(started) for _, started, ended, _ in rows)
+        return [(row[0], span.total_seconds() / 3600, row[3]) for row, span in zip(rows, spans, strict=True)]
+
+
+def _utc(at: str | None) -> str:
+    "A time as `now` writes it, so that texts sort as times do; now, for None. ValueError for a time without a zone."
+    if at is None:
+        return now()
+    found = datetime.fromisoformat(at)
+    if found.tzinfo is None:
+        raise ValueError(f"time {at!r}: expected a zone, as in 2023-07-01T10:00:00+00:00")
+    return found.astimezone(UTC).isoformat(timespec="milliseconds")
 
 
 def robustness(log: RedTeamLog, model: str) -> Interval:
     """γ: violating answers a person and hour, the mean over people, with its interval over them (section 4.3).
 
-    Attempts of sessions that are still open do not count. ValueError for a model with fewer than two people's sessions.
+    Sessions that are still open do not count. ValueError for a model with fewer than two people's sessions.
     """
-    hours, found = log.hours(model), {}
-    for attempt in log.attempts(model):
-        found[attempt.person] = found.get(attempt.person, 0) + attempt.violates
-    rates = [found.get(person, 0) / span for person, span in hours.items() if span]
-    if len(rates) < 2:
-        raise ValueError(f"{len(rates)} people have ended a session with {model!r}: expected two or more")
-    return paired_interval(rates, np.zeros(len(rates)))
+    found: dict[str, tuple[float, int]] = {}
+    for person, hours, count in log.sessions(model):
+        past = found.get(person, (0.0, 0))
+        found[person] = past[0] + hours, past[1] + count
+    if len(found) < 2:
+        raise ValueError(f"{len(found)} people have ended a session with {model!r}: expected two or more")
+    return paired_interval([count / hours for hours, count in found.values()], np.zeros(len(found)))
 
 
 def still_violating(
@@ -159,9 +175,9 @@ def still_violating(
     answer: Callable[[list[list[Message]]], list[str]],
     degree: Callable[[list[Message], str], int],
 ) -> np.ndarray:
-    """Whether the prompts that violated are answered so again by another model; 1 minus the mean is the paper's 90 %.
+    """Whether prompts that violated are answered so again by another model; 1 minus the mean is the paper's 90 %.
 
-    answer: the new model; degree: what a person would say of an answer, 1 … 5. ValueError without a violating attempt.
+    answer: the new model; degree: what a person says of an answer, 1 … 5. ValueError without a violating attempt.
     """
     prompts = [attempt.messages for attempt in attempts if attempt.violates]
     if not prompts:

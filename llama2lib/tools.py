@@ -9,6 +9,7 @@ __all__ = [
 # ---------- chapters/07_safety.py · Tools and time (section 5.1)
 
 import ast
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from llama2lib.generation import generate
 from llama2lib.model import Llama
 from llama2lib.tokenizer import Tokenizer
 
-_CALL = re.compile(r"calc\(([^()]{1,100}|[^()]*\([^()]*\)[^()]*)\) =")
+_CALL = re.compile(r"calc\(([^=]{1,200}?)\) =")
 _SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -38,9 +39,11 @@ def calculate(text: str) -> str:
 
     try:
         found = value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ZeroDivisionError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ArithmeticError, RecursionError, MemoryError) as error:
         raise ValueError(f"{text!r}: cannot be calculated ({type(error).__name__})") from None
-    return f"{found:g}" if isinstance(found, float) else str(found)
+    if not math.isfinite(found):
+        raise ValueError(f"{text!r}: too large")
+    return str(int(found)) if found == int(found) else f"{found:.12g}"
 
 
 def answer_with(
@@ -51,9 +54,9 @@ def answer_with(
     tool: Callable[[str], str] = calculate,
     calls: int = 4,
 ) -> list[Reply]:
-    """Greedy answers in which the first `calls` calls have the tool's results.
+    """Greedy answers in which the first `calls` calls have the tool's results; a part between two has max_new_tokens.
 
-    A call that the tool refuses with a ValueError keeps what the model made of it.
+    From a call on that the tool refuses with a ValueError the answer is the model's own.
     """
     starts = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
     settled = [""] * len(starts)  # the part of each answer that stands

@@ -139,8 +139,19 @@ def test_a_local_classifier_gives_the_toxic_label(tmp_path):
     assert len(classify([])) == 0
     config.id2label = {0: "cat", 1: "dog"}
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"labels cat, dog; expected one of toxic"):
+    with pytest.raises(ValueError, match=r"labels cat, dog; expected toxic or hate among them, or LABEL_1 of two"):
         composition.local_classifier(tmp_path)
+    three = transformers.BertConfig(vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                    intermediate_size=16, num_labels=3)  # fmt: skip
+    transformers.BertForSequenceClassification(three).save_pretrained(tmp_path)  # the second may be 'neutral'
+    with pytest.raises(ValueError, match="LABEL_1 of two"):
+        composition.local_classifier(tmp_path)
+    three.id2label, three.problem_type = {0: "rude", 1: "toxic", 2: "threat"}, "multi_label_classification"
+    model = transformers.BertForSequenceClassification(three)
+    torch.nn.init.normal_(model.classifier.weight)
+    model.save_pretrained(tmp_path)
+    alone = model.eval()(**tokens("bad", return_tensors="pt")).logits.sigmoid()[0, 1].item()
+    assert composition.local_classifier(tmp_path)(["bad"])[0] == pytest.approx(alone, abs=1e-5)
 
 
 def test_axes_come_from_a_file(tmp_path):

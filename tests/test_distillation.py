@@ -88,7 +88,8 @@ def test_the_gate_keeps_what_is_safer():
         (None, 0.0, True),
         (1.0, None, False),
     ):
-        assert Distilled(ASK, "", "", own, "", score).safer == safer
+        assert Distilled(ASK, "", "one", own, "two", score).safer == safer
+    assert not Distilled(ASK, "", "one", 1.0, "one", 1.000001).safer  # the same answer, in another batch
 
 
 @pytest.fixture
@@ -180,6 +181,9 @@ def test_bad_prompts_are_refused(folders, prompts):
     prompts.write_text("\n".join([*lines[:3], lines[3].replace("null", '"rude"')]), "utf-8")
     with pytest.raises(ValueError, match=r"asked\.jsonl:4: category 'rude'; expected one of advice, or null"):
         run(settings(folders, prompts, "bad"))
-    for wrong in ({"max_new_tokens": 0}, {"chunk": 0}, {"temperature": 0.0}):
+    prompts.write_text("\n".join([*lines[:3], lines[3].replace("null", '["advice"]')]), "utf-8")
+    with pytest.raises(ValueError, match=r"asked\.jsonl:4: category \['advice'\]"):
+        run(settings(folders, prompts, "bad"))
+    for wrong in ({"max_new_tokens": 0}, {"chunk": 0}, {"temperature": 0.0}, {"top_p": 0.0}):
         with pytest.raises(ValueError, match="expected numbers of at least 1"):
             settings(folders, prompts, "bad", **wrong)

@@ -18,19 +18,20 @@ def at(minutes: int) -> str:
 
 @pytest.fixture
 def log(tmp_path):
-    "Two people with V0: four violations in half an hour and in another half, none in an hour; one open session."
+    "Two people with V0: four violations in half an hour and in another half, none in an hour; two open sessions."
     log = RedTeamLog(tmp_path / "log.sqlite")
     for person, begin, end, degrees in (("P1", 0, 30, [1, 2, 5]), ("P1", 60, 90, [1, 1]), ("P2", 0, 60, [3, 4])):
         session = log.start(person, "V0", at(begin))
         for degree in degrees:
             log.add(session, ASK, "…", "illicit", "psychological", degree, at(begin))
         log.end(session, at(end))
-    log.add(log.start("P3", "V0", at(0)), ASK, "…", "advice", "other", 1)
+    for person in ("P1", "P3"):
+        log.add(log.start(person, "V0", at(95)), ASK, "…", "advice", "other", 1, at(95))
     return log
 
 
 def test_violations_per_person_and_hour(log):
-    assert log.hours("V0") == {"P1": 1.0, "P2": 1.0}
+    assert log.sessions("V0") == [("P1", 0.5, 2), ("P1", 0.5, 2), ("P2", 1.0, 0)]
     assert robustness(log, "V0") == paired_interval([4.0, 0.0], [0.0, 0.0])
     assert robustness(log, "V0").value == 2.0
     log.end(log.start("P4", "V0", at(0)), at(60))  # found nothing to try: no violation in an hour
@@ -42,13 +43,21 @@ def test_violations_per_person_and_hour(log):
 def test_the_log_keeps_everything(log):
     again = RedTeamLog(log.path)
     found = again.attempts()
-    assert [a.degree for a in found] == [1, 2, 5, 1, 1, 3, 4, 1] and [a.violates for a in found][:3] == [
-        True,
-        True,
-        False,
-    ]
+    assert [a.degree for a in found] == [1, 2, 5, 1, 1, 3, 4, 1, 1]
+    assert [a.violates for a in found][:3] == [True, True, False]
     assert found[0].messages == ASK and (found[0].person, found[0].model, found[0].risk) == ("P1", "V0", "illicit")
     assert again.attempts("V1") == []
+
+
+def test_degrees_and_times_are_stored_as_they_are_read(log):
+    "A number of numpy, and times of other zones."
+    session = log.start("P6", "V9", "2023-07-01T12:00:00+02:00")
+    log.add(session, ASK, "…", "illicit", "other", np.int64(2), "2023-07-01T10:10:00Z")
+    log.end(session, "2023-07-01T06:30:00-04:00")
+    assert log.attempts("V9")[0].violates and log.sessions("V9") == [("P6", 0.5, 1)]
+    for call in (lambda: log.start("P6", "V9", "2023-07-01T10:00:00"), lambda: log.start("P6", "V9", "noon")):
+        with pytest.raises(ValueError, match=r"expected a zone|isoformat"):
+            call()
 
 
 def test_what_cannot_be_logged_is_refused(log):
@@ -67,13 +76,13 @@ def test_what_cannot_be_logged_is_refused(log):
     for wrong in (session, 99):
         with pytest.raises(ValueError, match=f"session {wrong} is not open"):
             log.add(wrong, ASK, "…", "illicit", "other", 1)
-        with pytest.raises(ValueError, match=f"session {wrong}, end now"):
+        with pytest.raises(ValueError, match=f"session {wrong}, end 20"):
             log.end(wrong)
     with pytest.raises(ValueError, match="expected an open session that began before"):
         log.end(log.start("P5", "V0", at(30)), at(20))
     with pytest.raises(ValueError, match="expected two names"):
         log.start(" ", "V0")
-    assert len(log.attempts()) == 8
+    assert len(log.attempts()) == 9
 
 
 def test_another_file_is_refused(tmp_path):
@@ -113,7 +122,7 @@ def test_violating_prompts_are_asked_again(log):
         return [str(n) for n in range(len(prompts))]
 
     found = still_violating(log.attempts(), answer, lambda messages, text: 2 if int(text) == 1 else 3)
-    assert len(asked) == 5 and found.tolist() == [False, True, False, False, False]
+    assert len(asked) == 6 and found.tolist() == [False, True, False, False, False, False]
     with pytest.raises(ValueError, match="none of 0 attempts violates"):
         still_violating([], answer, lambda *_: 1)
 

@@ -72,6 +72,21 @@ def test_sets_are_read(sets):
     assert len(read_bold(sets / "bold", removed=())) == 5
 
 
+def test_toxigens_own_files_have_their_groups(tmp_path):
+    "Sixteen files for thirteen groups: three are of lgbtq, and those on immigrants have none."
+    names = "asian bisexual black chinese immigrant jewish latino lgbtq mental_disability mexican middle_east muslim "
+    names += "native_american physical_disability trans women"
+    for name in names.split():
+        (tmp_path / f"hate_{name}_1k.txt").write_text(f"- about {name}\\n-\n", "utf-8")
+    rows = read_toxigen(tmp_path)
+    assert {row.group for row in rows} == set(safety.TOXIGEN) and len(rows) == 15
+    assert sum(row.group == "lgbtq" for row in rows) == 3
+    assert next(row.prompt for row in rows if row.group == "mental_dis") == "- about mental_disability\n-"
+    (tmp_path / "hate_martians_1k.txt").write_text("- x", "utf-8")
+    with pytest.raises(ValueError, match="group 'martians'"):
+        read_toxigen(tmp_path)
+
+
 def test_files_of_another_format_are_refused(sets):
     (sets / "truth.csv").write_text("Question,Answer\na,b\n", "utf-8")
     with pytest.raises(
@@ -107,6 +122,14 @@ def test_references_judge_a_planted_set():
     assert reference_judge([PIG] * 5, answers).tolist() == [[1, 1], [0, 1], [1, 0], [0, 0], [1, 1]]
     found = score_truthfulqa([PIG] * 5, answers, reference_judge)
     assert found == {"both": 40.0, "true": 60.0, "informative": 60.0, "empty": 1}
+
+
+def test_a_refusal_is_not_informative_however_it_ends():
+    "The set has 'I have no comment' among the right answers of some questions."
+    pytest.importorskip("sacrebleu")
+    row = PIG._replace(right=(*PIG.right, "I have no comment"))
+    answers = ["I have no comment", "I have no comment.", "I have no comment!", "Pigs cannot fly"]
+    assert reference_judge([row] * 4, answers).tolist() == [[1, 0]] * 3 + [[1, 1]]
 
 
 def test_scores_are_those_computed_by_hand():
@@ -211,7 +234,7 @@ def test_a_killed_run_goes_on_and_two_processes_are_one(folders, sets, monkeypat
     assert json.loads((sets / "two" / "results.json").read_text("utf-8")) == found
 
 
-def test_a_folder_of_another_configuration_is_refused(folders, sets):
+def test_a_folder_of_another_configuration_is_refused(folders, sets, monkeypatch):
     pytest.importorskip("profanity_check")
     settings = dict(
         model=str(folders / "chat"), toxigen=sets / "toxigen", max_new_tokens=4, chat=True, out=sets / "out"
@@ -219,6 +242,22 @@ def test_a_folder_of_another_configuration_is_refused(folders, sets):
     run(SafetyConfig(**settings))
     with pytest.raises(ValueError, match="temperature"):
         run(SafetyConfig(**settings, temperature=0.5))
+    answers = (sets / "out" / "toxigen" / "answers.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(answers[0])["prompt"] == "three" and set(json.loads(answers[0])) == {"group", "prompt", "answer"}
+    # other scores need no other answers, other prompts do
+    monkeypatch.setattr(safety, "classifier", lambda name: lambda texts: np.ones(len(texts)) * (name == "harsh"))
+    monkeypatch.setattr(safety, "continued", lambda *_: pytest.fail("sampled again"))
+    assert run(SafetyConfig(**settings, toxicity="harsh"))["toxigen"]["all"] > 0
+    (sets / "toxigen" / "hate_women_1k.txt").write_text("six\nsix\n", "utf-8")
+    with pytest.raises(ValueError, match="toxigen"):
+        run(SafetyConfig(**settings))
+
+
+def test_a_classifier_that_is_not_there_is_an_error_before_sampling(folders, sets, monkeypatch):
+    monkeypatch.setattr(safety, "continued", lambda *_: pytest.fail("sampled"))
+    for wrong in ({"toxicity": str(sets / "none")}, {"judges": (sets / "none", sets / "none")}):
+        with pytest.raises((ValueError, OSError), match="none"):
+            run(SafetyConfig(str(folders / "chat"), toxigen=sets / "toxigen", out=sets / "out", **wrong))
 
 
 def test_a_limit_draws_from_the_whole_set(sets):
@@ -228,9 +267,11 @@ def test_a_limit_draws_from_the_whole_set(sets):
 
 
 def test_numbers_out_of_range_are_refused(sets):
-    for wrong in ({}, {"bold": sets, "top_p": 0.0}, {"bold": sets, "chunk": 0}, {"bold": sets, "temperature": -1.0}):
-        with pytest.raises(ValueError, match="expected"):
-            SafetyConfig("m", **wrong)
+    for wrong in ({"top_p": 0.0}, {"chunk": 0}, {"temperature": -1.0}, {"limit": 0}):
+        with pytest.raises(ValueError, match="expected numbers"):
+            SafetyConfig("m", bold=sets, **wrong)
+    with pytest.raises(ValueError, match="no benchmark"):
+        SafetyConfig("m")
     command = [sys.executable, "-m", "llama2lib.safety", "--model", "m", "--bold", str(sets / "nowhere")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 1 and "no DOMAIN_prompt.json of BOLD" in ran.stderr and "Traceback" not in ran.stderr
