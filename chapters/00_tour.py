@@ -12,6 +12,7 @@
 # > Ours: the text, and every size. (Paragraphs that begin with 'Ours' say where we choose or differ.)
 
 # %%
+import json
 import math
 import os
 from dataclasses import asdict, replace
@@ -25,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 from llama2lib import mini, mini_rewards, plots, synthetic
+from llama2lib.carbon import Energy, Meter
 from llama2lib.chat import Chat, respond, widget
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.corpus import Source, describe, mix, packaged_sources, read_documents, shares, token_stream
@@ -36,10 +38,11 @@ from llama2lib.mini_gatt import instructed, learned, talk, under
 from llama2lib.mini_rlhf import asked
 from llama2lib.mini_safety import degree_of, rated, refuses
 from llama2lib.model import LLAMA2, Llama
+from llama2lib.paper import PAPER
 from llama2lib.ppo import PPO, ppo
 from llama2lib.preferences import collect, helpfulness_mix, sampler
 from llama2lib.pretrain import PRETRAIN, held_out_loss, pretrain
-from llama2lib.recipes import ROOT, cache_folder, cached, scale
+from llama2lib.recipes import ROOT, cache_folder, cached, scale, write_atomic
 from llama2lib.rejection import best, candidates
 from llama2lib.reward import REWARD, RewardConfig, score
 from llama2lib.rollout import Prompt, Reward, policy_of, value_of
@@ -50,6 +53,11 @@ from llama2lib.tokenizer import train_tokenizer
 
 plt.rcParams.update(plots.STYLE)
 smoke = scale() == "smoke"
+meter = None  # of electricity, read at the end
+try:
+    meter = Meter().start()
+except ImportError as missing:
+    print(missing)
 
 # %% [markdown]
 # ## 1. Text
@@ -467,7 +475,23 @@ if not smoke:
     assert rates["Ghost Attention"].value < rates["fine-tuning"].value
 
 # %% [markdown]
-# ## 14. Chat
+# ## 14. What it cost
+#
+# The electricity of this run as a meter saw it (chapter 08), and carbon on the paper's grid. A stage that comes from
+# the cache costs nothing the second time, so the first run is remembered.
+
+# %%
+first = folder / "energy.json"
+if meter:
+    spent = meter.stop()
+    if not first.exists():
+        write_atomic(first, json.dumps(asdict(spent)) + "\n")
+    print(f"the first run: {Energy(**json.loads(first.read_text('utf-8')))}\nthis run: {spent}")
+total = PAPER["Table 2"]["Total"]
+print(f"Llama 2: {total['gpu_hours']:,} GPU hours, {total['tco2eq']:,.0f} t")
+
+# %% [markdown]
+# ## 15. Chat
 #
 # Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
 
@@ -485,6 +509,6 @@ widget(Chat(final, words, max_new_tokens=64))
 # ## What comes next
 #
 # Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, chapters 04 and
-# 05 to answer better, chapter 06 to remember what it was told, chapter 07 asks what makes it safe, and all say where
-# the paper is silent; chapter 12 is the small world. To load a real Llama 2, give `load_checkpoint` the folder that
-# Meta or Hugging Face ships.
+# 05 to answer better, chapter 06 to remember what it was told, chapter 07 asks what makes it safe, chapter 08 what it
+# costs, and all say where the paper is silent; chapter 12 is the small world. To load a real Llama 2, give
+# `load_checkpoint` the folder that Meta or Hugging Face ships.

@@ -180,6 +180,7 @@ def test_imports_point_one_way():
     order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "claims", "chat", "preferences", "reward"]
     order += ["mini_rewards", "rollout", "pairs", "rejection", "ppo", "desk", "screen", "annotate", "rlhf", "mini_rlhf"]
     order += ["gatt", "mini_gatt", "composition", "safety", "distillation", "red_team", "tools", "mini_safety"]
+    order += ["carbon"]
     for file in ROOT.glob("llama2lib/*.py"):
         if file.stem == "__init__":
             continue
