@@ -2,7 +2,7 @@
 # # The tour
 #
 # > From raw text to a small Llama 2 that writes, and on to one that answers and learns from judgements of its answers,
-# > in twelve minutes on a laptop and without a network. Each stage is a few calls into the library; the chapters
+# > in ten minutes on a laptop and without a network. Each stage is a few calls into the library; the chapters
 # > explain what is inside.
 #
 # The paper's pipeline begins with text and a tokenizer, trains a base model on it (section 2), fine-tunes that on
