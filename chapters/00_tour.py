@@ -477,8 +477,9 @@ if not smoke:
 # %% [markdown]
 # ## 14. What it cost
 #
-# The electricity of this run as a meter saw it (chapter 08), and carbon on the paper's grid. A stage that comes from
-# the cache costs nothing the second time, so the first run is remembered.
+# The electricity of this run as a meter saw it (chapter 08; where a processor has no counters to read, as on most
+# virtual machines, an estimate from its type and load), and carbon on the paper's grid. A stage that comes from the
+# cache costs nothing the second time, so the first run is remembered.
 
 # %%
 first = folder / "energy.json"

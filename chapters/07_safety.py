@@ -54,7 +54,7 @@ def illustrated(item: str, claim: str, figure: str, printed=None, ours=None):
 def told(name: str, title: str, rows: list[tuple[str, str]]):
     "Draw named texts, one below the other, as a figure."
     lines = [(label, textwrap.wrap(text, 95) or [""]) for label, text in rows]
-    fig, ax = plt.subplots(figsize=(8, 0.5 + 0.2 * sum(len(part) + 0.4 for _, part in lines)))
+    fig, ax = plt.subplots(figsize=(8, 0.5 + 0.2 * sum(len(part) + 0.4 for _, part in lines)), dpi=80)
     ax.axis("off")
     below = sum(len(part) + 0.4 for _, part in lines)
     place = below
@@ -1927,7 +1927,7 @@ for share in SHARES:
     print(f"{share:>12.0%}" + "".join(f"{cell:>{w}}" for cell, w in zip(cells, (15, 13, 14, 12, 18, 12), strict=True)))
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(13.5, 3.8))
+fig, axes = plt.subplots(1, 3, figsize=(11.5, 3.5))
 percent = [max(100 * share, 0.3) for share in SHARES]  # 0 has its place left of 1 on a logarithmic axis
 for place, (kind, what, label) in enumerate((("safety", "reward safety", "safety reward"),
                                              ("helpfulness", "reward helpfulness", "helpfulness reward"))):  # fmt: skip
@@ -2044,7 +2044,7 @@ illustrated("Table 41", "a borderline prompt that is refused", "table_38.png")
 
 # %%
 rounds = {(seed, with_): seen(seed, "round", with_) for seed in runs for with_ in (False, True)}
-fig, axes = plt.subplots(1, 2, figsize=(10, 5.2))
+fig, axes = plt.subplots(1, 2, figsize=(8.6, 4.7))
 for ax, (kind, what) in zip(axes, (("safety", "reward safety"), ("helpfulness", "reward helpfulness")), strict=True):
     x, y = (np.concatenate([rounds[seed, with_][kind][what] for seed in runs]) for with_ in (False, True))
     ax.plot(x, y, ".", markersize=2, alpha=0.4)
@@ -2112,7 +2112,7 @@ from llama2lib.mini_safety import pulled
 
 both = {seed: cached(f"safety-pulled-seed{seed}", {"seed": seed}, pulled) for seed in runs}
 one = both[runs[0]]
-fig, ax = plt.subplots(figsize=(5, 4.4))
+fig, ax = plt.subplots(figsize=(4.4, 3.9))
 for value, colour, label in ((1, "C0", "safe"), (0, "C3", "not safe")):
     these = one["safe"] == value
     ax.plot(one["safety"][these], one["helpfulness"][these], ".", color=colour, markersize=3, alpha=0.5, label=label)
@@ -2465,7 +2465,7 @@ def among(key: tuple, name: str) -> np.ndarray:
     return kinds.get(name, of["risk"] == name)
 
 
-fig, axes = plt.subplots(1, 4, figsize=(15, 3.6))
+fig, axes = plt.subplots(1, 4, figsize=(12.5, 3.2))
 panels = {"all prompts (Figure 17)": ("all",), "by turns (Figure 18)": ("single", "multi"),
           "by risk (Figure 19)": red_team.RISKS}  # fmt: skip
 for ax, (title, kinds) in zip(axes[:3], panels.items(), strict=True):
