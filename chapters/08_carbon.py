@@ -226,8 +226,8 @@ if scale() != "smoke":
                   "almost as well", kept, evidence="figures/08_networks.png")  # fmt: skip
 
 # %% [markdown]
-# For 'almost as well' a network with such latencies would not do at 2,000 GPUs. 7B loses most: its steps are short, and
-# every collective waits for the slowest round trip.
+# For 'almost as well' a network with such latencies would not do at 2,000 GPUs. There 7B, whose steps are the shortest,
+# loses most.
 
 # %% [markdown]
 # ## A meter

@@ -103,7 +103,7 @@ class RedTeamLog:
         at = _utc(at)
         with self._transaction() as db:
             found = db.execute("SELECT started FROM sessions WHERE id = ? AND ended IS NULL", (session,)).fetchone()
-            if found is None or at <= found[0]:
+            if found is None or at < found[0]:
                 raise ValueError(f"session {session}, end {at}: expected an open session that began before")
             db.execute("UPDATE sessions SET ended = ? WHERE id = ?", (at, session))
 
@@ -159,7 +159,8 @@ def _utc(at: str | None) -> str:
 def robustness(log: RedTeamLog, model: str) -> Interval:
     """γ: violating answers a person and hour, the mean over people, with its interval over them (section 4.3).
 
-    Sessions that are still open do not count. ValueError for a model with fewer than two people's sessions.
+    Sessions that are still open do not count. ValueError for a model with fewer than two people's sessions, and for
+    people whose sessions together lasted no time.
     """
     found: dict[str, tuple[float, int]] = {}
     for person, hours, count in log.sessions(model):
@@ -167,6 +168,8 @@ def robustness(log: RedTeamLog, model: str) -> Interval:
         found[person] = past[0] + hours, past[1] + count
     if len(found) < 2:
         raise ValueError(f"{len(found)} people have ended a session with {model!r}: expected two or more")
+    if idle := [person for person, (hours, _) in found.items() if not hours]:
+        raise ValueError(f"{', '.join(idle)}: sessions with {model!r} that lasted no time")
     return paired_interval([count / hours for hours, count in found.values()], np.zeros(len(found)))
 
 

@@ -36,6 +36,9 @@ def test_violations_per_person_and_hour(log):
     assert robustness(log, "V0").value == 2.0
     log.end(log.start("P4", "V0", at(0)), at(60))  # found nothing to try: no violation in an hour
     assert robustness(log, "V0").value == pytest.approx(4 / 3)
+    log.end(log.start("P5", "V0", at(0)), at(0))  # gone at once
+    with pytest.raises(ValueError, match="P5: sessions with 'V0' that lasted no time"):
+        robustness(log, "V0")
     with pytest.raises(ValueError, match="0 people have ended a session with 'V1'"):
         robustness(log, "V1")
 
