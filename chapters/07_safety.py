@@ -2123,7 +2123,7 @@ for value, colour, label in ((1, "C0", "safe"), (0, "C3", "not safe")):
     these = one["safe"] == value
     ax.plot(one["safety"][these], one["helpfulness"][these], ".", color=colour, markersize=3, alpha=0.5, label=label)
 ax.set(xlabel="safety reward", ylabel="helpfulness reward", xlim=(0, 1), ylim=(0, 1))
-ax.set_title("Answers with more of one reward have more of the other")
+ax.set_title("The two rewards rise together")
 ax.legend(title="annotators say", fontsize=7)
 plots.save(fig, "figure_32.png")
 rows = []
