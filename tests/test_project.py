@@ -180,7 +180,8 @@ def test_imports_point_one_way():
     order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "claims", "chat", "preferences", "reward"]
     order += ["mini_rewards", "rollout", "pairs", "rejection", "ppo", "desk", "screen", "annotate", "rlhf", "mini_rlhf"]
     order += ["gatt", "mini_gatt", "composition", "safety", "distillation", "red_team", "tools", "mini_safety"]
-    order += ["carbon"]
+    order += ["carbon", "continuations", "harness", "programs", "evaluate", "suffix_index", "contamination"]
+    order += ["human_eval", "card"]
     for file in ROOT.glob("llama2lib/*.py"):
         if file.stem == "__init__":
             continue
