@@ -255,11 +255,16 @@ def test_a_checkpoint_brings_everything_back(tmp_path, in_background):
     expected = {name: tensor.clone() for name, tensor in training_tensors(model, optimizer).items()}
     draw = torch.rand(3)  # the generator's next numbers
     other = random_model(seed=9)
-    tensors = training_tensors(other, adamw(other, 1e-2))
+    restored = adamw(other, 1e-2)
+    tensors = training_tensors(other, restored)
     assert folder.load(tensors) == {"note": "here", "step": 2}
     assert torch.equal(torch.rand(3), draw)
     assert tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in expected)
     assert torch.equal(other.output.weight, expected["model.output.weight"])
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        state = restored.state[theirs]
+        assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"] == 2
+        assert all(torch.equal(state[name], value) for name, value in optimizer.state[ours].items())
 
 
 def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path):

@@ -16,10 +16,22 @@ from llama2lib.checkpoint import load_checkpoint, save_checkpoint
 from llama2lib.dialog import encode_dialog
 from llama2lib.distributed import Parallel, StateFolder
 from llama2lib.launch import torchrun_arguments
-from llama2lib.ppo import PPO, PPOConfig, gae, held_out_reward, ppo, ppo_loss, ppo_losses, rollout, run, value_losses
+from llama2lib.ppo import (
+    PPO,
+    PPOConfig,
+    answered,
+    gae,
+    held_out_reward,
+    ppo,
+    ppo_loss,
+    ppo_losses,
+    rollout,
+    run,
+    value_losses,
+)
 from llama2lib.pretrain import IGNORE
 from llama2lib.reward import RewardModel, score
-from llama2lib.rollout import Prompt, Reward, policy_of, value_of, whiten, write_prompts
+from llama2lib.rollout import Prompt, Reward, Rows, policy_of, value_of, whiten, write_prompts
 from llama2lib.sft import SFTConfig, sft
 from llama2lib.tokenizer import train_tokenizer
 
@@ -133,6 +145,19 @@ def test_the_first_minibatch_has_a_ratio_of_one(models, tokenizer):
         steps = list(ppo(*part_of(models), tokenizer, PROMPTS, rewarded(models, tokenizer), config))
         assert steps[0].ratio <= most and steps[2].ratio <= max(most, 1e-5), recompute
         assert steps[0].kl == pytest.approx(0, abs=1e-4) and abs(steps[2].kl) > 1e-4
+
+
+def test_answers_are_sampled_from_the_whole_distribution(models, tokenizer):
+    "In the mean a sample is as surprising as the entropy says; without the unlikely tokens it would be less so."
+    asked = [encode_dialog(tokenizer, prompt.messages)[0] for prompt in PROMPTS] * 40
+    made, _, _ = answered(models[0], tokenizer, asked, CONFIG, range(len(asked)))
+    rows = Rows.of(asked, [completion.tokens for completion in made])
+    answers = rows.targets != IGNORE
+    with torch.no_grad():
+        logprobs = (load_plain(models[0])(rows.tokens)[answers] / CONFIG.temperature).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    beyond = -logprobs.gather(1, rows.targets[answers][:, None])[:, 0] - entropy
+    assert len(beyond) > 1500 and abs(beyond.mean()) < 4 * beyond.std() / len(beyond) ** 0.5
 
 
 def test_the_score_stands_on_the_last_token_of_an_answer(models, tokenizer):
