@@ -778,7 +778,7 @@ print(f"{len(questions)} texts written alike, such as {written[-1]!r}")
 #
 # To draw k programs, and see whether one passes, is noisy. Chen et al. (2021) draw n ≥ k programs, of which c pass, and
 # take the share of all choices of k among the n that hold one that passes: 1 - C(n-c, k) / C(n, k). This is unbiased.
-# With k draws' own share of passes, 1 - (1 - c/n)^k, the result would be too low.
+# With the share of passes for the chance, 1 - (1 - c/n)^k, the result would be too low.
 #
 # > Ours: whole numbers, of any size, until the last division. How many programs the authors drew they do not say.
 
@@ -2529,9 +2529,9 @@ for min_len in A6["lengths"]:
 # included.
 #
 # The criterion, before the run: on the samples that are dirty at L = 50 the trained model is better than the control,
-# with an interval above 0, and with every seed. Whether each is affected by the rule of four is shown beside it. The
-# rate and the batch were set on seed 0, after a first try, with a third of the rate and twice the batch, had left no
-# trace of the leaks in the scores: to have been read is not to be remembered.
+# with an interval above 0, and with every seed. Whether each is affected by the rule of four is shown beside it. Rate,
+# batch, passes and number of samples were set on seed 0, after a first try, with a third of the rate, twice the batch,
+# five passes and 240 samples, had left no trace of the leaks in the scores: to have been read is not to be remembered.
 
 # %%
 import torch
@@ -2602,7 +2602,6 @@ def seen(inputs: dict) -> dict:
     }  # fmt: skip
 
 
-runs = seeds()
 inputs = {"samples": by_scale(smoke=24, laptop=192, a100=192), "passes": 6, "lr": 3e-3, "batch": 512,
           "documents": mini.TEXTS, "lengths": list(A6["lengths"])}  # fmt: skip
 outcomes = {seed: cached(f"contamination-seen-seed{seed}", inputs | {"seed": seed}, seen) for seed in runs}
