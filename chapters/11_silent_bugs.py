@@ -2,16 +2,15 @@
 # # A museum of silent bugs
 #
 # > Most bugs of a language model crash nothing. The loss falls, the samples look like text, and the model is worse than
-# > it should be, or another one than it is said to be. Here are those that public projects have shipped, put into this
-# > library one by one, with the number that gives each of them away and the test that keeps it out.
+# > it should be, or another one than it is said to be. Here are bugs that public projects have shipped, and a few of
+# > their relatives, put into this library one by one, with the number that gives each away and a test that forbids it.
 #
 # An exhibit is one line of `llama2lib`, right and wrong. The wrong one is put in, and everything is run with it: that
 # is what one sees in a log. Then comes a property that holds with the right line and fails with the wrong one,
 # measured. The test that is named at the end fails with the wrong line; `tests/test_museum.py` puts the line in and
 # looks.
 #
-# > Ours: the whole chapter. The paper does not speak of bugs; each stage of it has places where it would not have
-# > noticed one.
+# > Ours: the whole chapter. The paper does not speak of bugs. The numbers are issues and pull requests on GitHub.
 
 # %%
 import ast
@@ -99,7 +98,7 @@ RECIPE = sft.SFTConfig(lr=5e-3, batch_rows=8, max_seq_len=64, epochs=1)
 KINDS = {"copy": 2, "sum": 1, "choice": 1}  # of questions: those that a model learns to answer in a hundred steps
 folder = Path(tempfile.mkdtemp())
 random = np.random.default_rng(11)
-count = by_scale(smoke=300, laptop=900, a100=900)
+count = by_scale(smoke=300, laptop=860, a100=860)
 conversations = dialogues(random, count, kinds=KINDS, quality={"full": 1}, instructed=0)
 texts = [message["content"] for messages in conversations for message in messages]
 words = tokenizer.train_tokenizer([*texts, "[INST] [/INST] [INST]\n"], SHAPE.vocab_size, folder / "tokenizer.model")
@@ -269,9 +268,9 @@ assert unlike[0] > 0.1 > 0.001 > unlike[1]
 # %% [markdown]
 # ### A view of the future
 #
-# Without the causal mask a token may look at the next one, which is what it should predict. The loss falls better than
-# ever. This is the one bug that everybody makes once. That a loss is too good to be true can be seen; that it is a
-# little too good, where a mask is off by one in a few rows, cannot.
+# Without the causal mask a token may look at the next one, which is what it should predict. The loss falls faster. In a
+# long run it becomes too good to be true, and is noticed; in a short one, or where the mask is off by one in a few rows
+# only, it is a good loss.
 
 # %%
 bad = put_in("model", right="is_causal=mask is None", wrong="is_causal=False")
@@ -286,7 +285,7 @@ exhibit(
     ("change of earlier logits when the last token changes", *moved),
     "tests/test_model.py::test_a_token_changes_itself_and_the_future_never_the_past",
 )  # fmt: skip
-assert moved[0] > 1e-3 and moved[1] == 0
+assert moved[0] > 1e-3 and moved[1] < 1e-5
 
 # %% [markdown]
 # ## Optimisation, many ranks, restarts (section 2.2)
@@ -556,7 +555,7 @@ CURVES["an end that is never learned"] = curve, losses
 prompts = [dialog.encode_dialog(words, messages[:1])[0] for messages in conversations[:40]]
 said = [generation.generate(each, prompts, 48, 0.0, eos_id=words.eos_id) for each in (endless, chat)]
 for name, made in zip(("wrong", "right"), said, strict=True):
-    print(f"{name}: {dialog.decode_answer(words, made[0].tokens)}")
+    print(f"{name}: {dialog.decode_answer(words, made[2].tokens)}")
 ends = [
     np.mean([each(torch.tensor([tokens[:-1]]))[0, -1].softmax(-1)[words.eos_id].item() for tokens, _ in held])
     for each in (endless, chat)
@@ -649,7 +648,7 @@ double = bad.Tokenizer(words.path)
 later = [messages[:1] for messages in conversations[:40]]
 p, q = next_token(dialog.encode_dialog), next_token(lambda _, messages: dialog.encode_dialog(double, messages))
 answers = [
-    dialog.decode_answer(words, generation.generate(chat, [dialog.encode_dialog(each, later[0])[0]], 24, 0.0)[0].tokens)
+    dialog.decode_answer(words, generation.generate(chat, [dialog.encode_dialog(each, later[2])[0]], 24, 0.0)[0].tokens)
     for each in (double, words)
 ]
 print(*answers, sep="\n")
@@ -703,7 +702,7 @@ alone = [generation.generate(chat, [prompt], 24, 0.0)[0] for prompt in prompts]
 said = [module.generate(chat, prompts, 24, 0.0) for module in (bad, generation)]
 changed = [max(abs(a.logprobs[1] - b.logprobs[1]) for a, b in zip(made, alone, strict=True)) for made in said]
 same = [np.mean([a.tokens == b.tokens for a, b in zip(made, alone, strict=True)]) for made in said]
-print(dialog.decode_answer(words, said[0][0].tokens))
+print(dialog.decode_answer(words, said[0][2].tokens))
 print(f"answers that are those to the prompt alone: {same[0]:.0%}, right {same[1]:.0%}")
 exhibit(
     "generation", "filling that is read", ("", 0.0, 0.0),
@@ -924,7 +923,7 @@ assert found == [1, 0.5]
 # %%
 LONGER = rollout.Reward(lambda dialogs: np.array([len(each[-1]["content"].split()) for each in dialogs], np.float32))
 PPO = ppo.PPOConfig(
-    lr=5e-4, value_lr=2e-3, iterations=by_scale(smoke=3, laptop=12, a100=12), batch=32, minibatch=16, micro_batch=16,
+    lr=5e-4, value_lr=2e-3, iterations=by_scale(smoke=3, laptop=10, a100=10), batch=32, minibatch=16, micro_batch=16,
     max_new_tokens=24, temperature=0.8, beta=0.05, recompute=False,
 )  # fmt: skip
 asked = [rollout.Prompt(messages[:1], False) for messages in conversations[:64]]
@@ -974,8 +973,8 @@ assert found[0].ratio > 0.05 > 1e-4 > best[0].ratio
 #
 # Top-p makes nicer samples. The trainer's log-probabilities know nothing of it: the policy is trained as if it had
 # sampled from all of its distribution (TRL issue 6789, verl issue 6240; with other restrictions of samples even the KL
-# comes out below zero, TRL issue 351). The ratio is 1 all the same. But samples of a distribution are as surprising, in
-# the mean, as its entropy says.
+# comes out below zero, TRL issue 351). Before the first step the ratio is 1 all the same. But samples of a distribution
+# are as surprising, in the mean, as its entropy says.
 
 # %%
 bad = put_in(
@@ -1031,8 +1030,8 @@ assert heard[0] < 0.9 and heard[1] == 1
 # ### Values behind the end
 #
 # The value model says a number at every place, filling too. Without the mask the last token of an answer is compared
-# with the value of what fills up the row behind it. 'Mask the filling in log-probabilities, values and advantages' is
-# one of the details of 'The N Implementation Details'. The property: what stands outside the answers changes nothing.
+# with the value of what fills up the row behind it. To mask filling in log-probabilities, values and advantages is one
+# of 'The N Implementation Details', too. The property: what stands outside the answers changes nothing.
 
 # %%
 bad = put_in("ppo", right="rewards, values = rewards * mask, values * mask", wrong="rewards = rewards * mask")
@@ -1098,8 +1097,8 @@ assert EXHIBITS[-1].exposes[1] < 0.9 and EXHIBITS[-1].exposes[2] > 0.9999
 # ### A probability and back
 #
 # Section 3.2.3 whitens the logit of the reward model's probability, which is its raw output. Taken literally, as the
-# logarithm of p / (1 - p) of a sigmoid, it loses what the numbers' format cannot hold: in float32 a 17 is already
-# certain, and its logit is infinite.
+# logarithm of p / (1 - p) of a sigmoid, it loses what the numbers' format cannot hold: in float32 the probability of a
+# logit of 18 is 1, whose logit is infinite.
 
 # %%
 bad = put_in(
@@ -1132,7 +1131,7 @@ bad = put_in(
     right="return tokens, [0] * begin + [1] * (len(tokens) - begin)",
     wrong="return encode_dialog(tokenizer, messages)",
 )
-long = [messages for messages in conversations[40:] if len(messages) > 2]
+long = [messages for messages in conversations[40:] if len(messages) > 2][:240]
 curves, spans = [], []
 for module in (bad, gatt):
     ghosts = [module.build_gatt_example(words, messages, "Act as Darwin.") for messages in long]
@@ -1153,8 +1152,8 @@ assert spans[0] > 1.5 and spans[1] == 1
 #
 # Every twentieth document is held out. But documents come in copies, and a copy of a held-out one stays behind. The
 # held-out loss is then a little better than it should be, which nobody minds. Splitting by what a document says keeps
-# copies together. (Whole benchmarks leak this way. That studies of contamination could not be run is an issue of
-# lm-evaluation-harness, 1938 and 3481; the paper's own is in section A.6.)
+# copies together. Benchmarks leak in the same way, which section A.6 looks into; users of lm-evaluation-harness have
+# long asked for such a study (issues 231, 1938 and 3481).
 
 # %%
 bad = put_in(
@@ -1163,8 +1162,8 @@ bad = put_in(
     wrong="parts[sum(map(len, parts)) % 20 == 0].append(document)",
 )
 BRIEF = pretrain.PretrainConfig(lr=5e-3, warmup_steps=5, batch_tokens=512, max_seq_len=64)
-BRIEF = replace(BRIEF, tokens=512 * by_scale(smoke=20, laptop=100, a100=100))
-texts = documents(random, by_scale(smoke=200, laptop=600, a100=600))
+BRIEF = replace(BRIEF, tokens=512 * by_scale(smoke=20, laptop=60, a100=60))
+texts = documents(random, by_scale(smoke=200, laptop=500, a100=500))
 texts += [str(text) for text in random.choice(texts, len(texts) // 2)]
 shares, curves = [], []
 for module in (bad, corpus):
@@ -1242,19 +1241,19 @@ by_name = {shown.bug: shown for shown in EXHIBITS}
 six = ("rotations in halves", "a view of the future", "a mean of means", "one token late",
        "an end that is never learned", "neighbours in a row")  # fmt: skip
 colors = plots.COLORS["ours"], "0.35"
-fig, axes = plt.subplots(2, 6, figsize=(13, 4.6), height_ratios=(2.2, 1))
+fig, axes = plt.subplots(2, 6, figsize=(13, 5), height_ratios=(2.2, 1))
 for column, bug in enumerate(six):
     curve, bars = axes[:, column]
     for values, color, name in zip(CURVES[bug], colors, ("with the bug", "without"), strict=True):
         curve.plot(values, color=color, linewidth=1, label=name)
-    curve.set(title=bug, xlabel="step", ylim=(0, 6.5))
+    curve.set(title=textwrap.fill(bug, 22), xlabel="step", ylim=(1, 6.5))
     metric, *numbers = by_name[bug].exposes
     bars.barh([0, 1], numbers[::-1], color=colors[::-1])
     for place, value in enumerate(numbers[::-1]):
-        bars.text(0, place, f" {value:.2g}", va="center")
+        bars.text(value, place, f" {value:.2g}", va="center")
     bars.set_xlabel(textwrap.fill(metric, 27))
     bars.set_yticks([0, 1], ["without", "with"] if column == 0 else ["", ""])
-    bars.set_xlim(0, 1.3 * max(numbers))
+    bars.set_xlim(0, 1.5 * max(numbers))
 axes[0, 0].set_ylabel("training loss (nats per token)")
 axes[0, 0].legend()
 fig.suptitle("The losses of six bugs look as they should, or better; other numbers tell", x=0.01, ha="left")
