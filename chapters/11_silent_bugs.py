@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from llama2lib import (
-    checkpoint, corpus, dialog, distributed, gatt, generation, model, optim, plots, ppo, pretrain, reward,
-    rollout, sft, stats, tokenizer,
+    checkpoint, contamination, corpus, dialog, distributed, gatt, generation, model, optim, plots, ppo, pretrain,
+    reward, rollout, sft, stats, tokenizer,
 )  # fmt: skip
 from llama2lib.recipes import ROOT, by_scale
 from llama2lib.synthetic import answer, dialogues, documents, pick, prompt
@@ -1179,6 +1179,29 @@ exhibit(
     "tests/test_corpus.py::test_a_small_source_holds_out_at_least_one_text_with_its_copies",
 )  # fmt: skip
 assert shares[0] > 0.2 and shares[1] == 0
+
+# %% [markdown]
+# ### Ten, or more than ten
+#
+# A token is contaminated in a span of more than ten tokens that the corpus has too. Ten are not enough. With `>=` the
+# report looks like any other, and with a budget of differences many spans are just long enough. A boundary is tested on
+# both of its sides, by hand.
+
+# %%
+bad = put_in(
+    "contamination",
+    right="begins = np.flatnonzero(lengths > min_len)",
+    wrong="begins = np.flatnonzero(lengths >= min_len)",
+)
+spans = np.zeros(40, np.int64)  # how far a span reaches that begins at each token
+spans[[3, 20]] = 10, 11
+marked = [int(module.covered(spans).sum()) for module in (bad, contamination)]
+exhibit(
+    "evaluation", "ten, or more than ten", ("", 0.0, 0.0),
+    ("contaminated tokens of a span of 10 and one of 11", *marked),
+    "tests/test_contamination.py::test_a_span_by_hand",
+)  # fmt: skip
+assert marked == [21, 11]
 
 # %% [markdown]
 # ### Three seeds as three hundred
