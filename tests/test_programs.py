@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import time
+import tracemalloc
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_the_mean_over_problems_has_a_standard_error():
     ("import sys\nassert sys.stdin.read() == '' and sys.argv == ['program.py']", "passed"),
     ("if __name__ == '__main__':\n    assert False", "passed"),  # as it is with the benchmark's own exec
     ("import os\nos.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+    ("open('json.py', 'w').write('raise SystemExit')\nimport json\njson.dumps(1)", "passed"),
     ("data = bytearray(2 ** 29)", "MemoryError"),
     ("open('big', 'wb').write(bytes(2 ** 20))", "OSError: [Errno 27] File too large"),
     ("x = '\ud800'", "half a surrogate pair: not Unicode text"),
@@ -118,6 +120,10 @@ def test_output_is_kept_in_part_and_blocks_nobody():
     assert outcome.passed and outcome.output == "ü" * 50
     endless = run_program("while True:\n    print('x' * 10 ** 5)", timeout=1, output=50)
     assert not endless.passed and endless.output == "x" * 50
+    tracemalloc.start()
+    run_program("for _ in range(100):\n    print('x' * 10 ** 6)", timeout=20, output=50)
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
     both = run_program("import sys\nprint('out', flush=True)\nsys.stderr.write('error')", timeout=20)
     assert both.output == "out\nerror"
 
