@@ -587,7 +587,7 @@ for ax, (title, these) in zip(axes, (("all prompts (Figure 1)", half != ""), ("o
     rows = {name: shares([results[seed, number][these] for seed in runs]) for name, number in names.items()}
     stacked(ax, rows, label=f"{title}, mean of {len(runs)} seeds (%)")
 axes[2].legend(ncol=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
-fig.suptitle("PPO, in V5, changes more than rejection sampling does: versions against V0, three simulated raters")
+fig.suptitle("V5, the version with PPO, changes more than the four before it: against V0, three simulated raters")
 plots.save(fig, "figure_12.png")
 zero = [np.zeros(2 * PROMPTS) for _ in runs]
 newest = [results[seed, last] for seed in runs]
@@ -598,8 +598,8 @@ for turns, name in (("single", "one turn"), ("multi", "several turns")):
 
 # %% [markdown]
 # The versions of rejection sampling win one and a half times as many prompts as they lose, and tie on more than half.
-# PPO, in the last version, moves more: it wins twice as many as it loses, fewer of the longer conversations. But one of
-# the three seeds hardly gains, so that all three verdicts are open.
+# The last version, the only one with PPO, moves more: it wins twice as many as it loses, fewer of the longer
+# conversations. But one of the three seeds hardly gains, so that all three verdicts are open.
 #
 # ### Do the raters agree?
 #
@@ -726,8 +726,9 @@ illustrated("Figure 31", "win rate in each fifth of the prompts by words (%)", "
             panels["fifth of the prompts, by words"][1][:, :, 0].mean(0).round(1).tolist())  # fmt: skip
 
 # %% [markdown]
-# A system prompt made ChatGPT better. Ours makes the model lose helpful prompts and win adversarial ones: care is what
-# it learned preprompts to mean (chapter 07). With the number of turns wins turn into ties; the paper saw no trend.
+# A system prompt made ChatGPT better. Under ours the model loses more helpful prompts than it wins, so the criterion
+# fails; of adversarial ones it wins more: care is what it learned preprompts to mean (chapter 07). With the number of
+# turns wins turn into ties; the paper saw no trend.
 #
 # ### A model as a judge (section 3.4.1, Figure 2)
 #
@@ -1061,7 +1062,7 @@ for value in values:
 # %% [markdown]
 # In helpfulness every earlier version wins less than a third of the decided prompts against the last. In safety V0 wins
 # one in eight, V3 and V4 more than two in five. Both judges agree on most pairs, but the reward model says more of the
-# gain in helpfulness than the gold judge does: PPO trained against such a model.
+# gain in helpfulness than the gold judge does. PPO was trained against such models.
 #
 # ### Prompts and answers (Tables 31, 33, 34)
 #

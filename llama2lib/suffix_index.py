@@ -234,7 +234,7 @@ class CorpusIndex:
         low = bisect("left", wanted)
         high = low.copy()
         there = as_keys(rows[self.places(part, np.minimum(low, size - 1))]) == wanted
-        found = np.flatnonzero(there & (low < size))
+        found = np.flatnonzero(there)
         high[found] = bisect("right", wanted[found])
         return low, high
 
