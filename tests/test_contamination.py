@@ -429,3 +429,12 @@ def test_another_tokenizer_is_refused_and_none_is_asked_for(corpus):
         run(ContaminationConfig(corpus / "shards", samples))
     with pytest.raises(ValueError, match="min_lens"):
         ContaminationConfig(corpus / "shards", samples, min_lens=(3,))
+
+
+def test_the_peak_of_memory_is_not_the_parents():
+    "A process that one of a gigabyte has started has not used a gigabyte itself."
+    child = "from llama2lib.contamination import peak_memory as peak; print(peak())"
+    parent = "import subprocess, sys; held = bytes(b'1' * 2**30); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    alone = int(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout)
+    started = subprocess.run([sys.executable, "-c", parent, child], capture_output=True, text=True, check=True)
+    assert abs(int(started.stdout) - alone) < 2**28 < alone
