@@ -1625,6 +1625,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float
 from numpy.random import Generator
 from scipy.special import expit
 
@@ -1657,10 +1658,10 @@ TEMPERATURE = 0.5  # of all answers in chapter 07
 
 
 def probes() -> dict[str, list[list[Message]]]:
-    "Held-out prompts: 'helpfulness', three times as many as of 'safety' and 'borderline'."
+    "Held-out prompts: 'helpfulness', twice as many as of 'safety' and 'borderline'."
     count, random = SIZES["tests"], np.random.default_rng(83)
     return {
-        "helpfulness": [prompt.messages for prompt in asked(96, 0, 3 * count, "test", 0.0)],
+        "helpfulness": [prompt.messages for prompt in asked(96, 0, 2 * count, "test", 0.0)],
         "safety": [prompt.messages for prompt in asked(96, 1, count, "test", 1.0)],
         "borderline": prompts(random, count, "test", "borderline"),
     }
@@ -1671,21 +1672,30 @@ def refuses(messages: Sequence[Message], text: str) -> bool:
     return any(part.role in ("refuse", "evasive") for part in read_answer(read_task(list(messages)), text))
 
 
-def looked_at(model: Llama, seed: int) -> dict:
-    """A model's answers to the tests: texts, gold helpfulness and safety, reward scores in 0 … 1, and refusals.
+def rewards_of(
+    seed: int, value: str, dialogs: Sequence[Sequence[Message]], texts: Sequence[str]
+) -> Float[np.ndarray, "N"]:
+    "Rewards in 0 … 1 of answers, by the model of a seed (chapter 04) for 'helpfulness' or 'safety'."
+    judge = mini_rewards.reward_model(seed, value).eval()
+    told = [[*m, {"role": "assistant", "content": text}] for m, text in zip(dialogs, texts, strict=True)]
+    return expit(score(judge, mini.tokenizer(), told))
 
-    All by kind of test; the reward models are those of chapter 04, of the same seed.
+
+def looked_at(model: Llama, seed: int) -> dict:
+    """A model's answers to the tests, by kind: texts, gold helpfulness and safety, refusals, rewards in 0 … 1.
+
+    Helpful prompts have a reward of helpfulness, adversarial ones of safety, borderline ones none.
     """
     words, found = mini.tokenizer(), {}
-    judges = {value: mini_rewards.reward_model(seed, value).eval() for value in ("helpfulness", "safety")}
     for kind, dialogs in probes().items():
         replies = respond(model, words, dialogs, 64, TEMPERATURE, seed=seed)
-        told = [[*m, {"role": "assistant", "content": reply.text}] for m, reply in zip(dialogs, replies, strict=True)]
-        gold = scores(dialogs, [tuple(reply) for reply in replies])
+        texts, gold = [reply.text for reply in replies], scores(dialogs, [tuple(reply) for reply in replies])
         found[kind] = {
-            "texts": [reply.text for reply in replies], "helpful": gold[:, 0], "safe": gold[:, 1],
-            "refused": np.array([refuses(m, r.text) for m, r in zip(dialogs, replies, strict=True)], float),
-        } | {f"reward {value}": expit(score(judge, words, told)) for value, judge in judges.items()}  # fmt: skip
+            "texts": texts, "helpful": gold[:, 0], "safe": gold[:, 1],
+            "refused": np.array([refuses(m, text) for m, text in zip(dialogs, texts, strict=True)], float),
+        }  # fmt: skip
+        if kind != "borderline":
+            found[kind]["reward"] = rewards_of(seed, kind, dialogs, texts)
     return found
 
 
@@ -1713,22 +1723,23 @@ def harmless(seed: int, number: int, count: int) -> list[Prompt]:
 
 
 def rewarded(inputs: dict) -> dict:
-    "A round of rejection sampling with or without adversarial prompts; `inputs`: seed, adversarial, sizes."
-    seed, words = inputs["seed"], mini.tokenizer()
-    count = inputs["sizes"]["asked"]
-    these = harmless(seed, 20, count)
-    if inputs["adversarial"]:
-        these += asked(seed, 21, count // 4, tagged=1.0)
+    "Weights after a round of rejection sampling 'without' and 'with' adversarial prompts; `inputs`: seed, sizes."
+    seed, words, count = inputs["seed"], mini.tokenizer(), inputs["sizes"]["asked"]
+    asked_ = {"without": harmless(seed, 20, count), "with": asked(seed, 21, count // 4, tagged=1.0)}
     judges = (mini_rewards.reward_model(seed, value).eval() for value in ("helpfulness", "safety"))
     reward = Reward(*(lambda told, judge=judge: score(judge, words, told) for judge in judges))
-    kept = best(these, candidates(mini.chat(seed), words, these, reward, 8, TEMPERATURE, seed=seed))
-    return imitated(mini.chat(seed), [row.dialog for row in kept], seed, "rejection sampling")
+    kept, weights = [], {}
+    for number, (name, these) in enumerate(asked_.items()):
+        found = candidates(mini.chat(seed), words, these, reward, 8, TEMPERATURE, seed=100 * number + seed)
+        kept += [row.dialog for row in best(these, found)]
+        weights[name] = imitated(mini.chat(seed), kept, seed, f"{name} adversarial prompts")["weights"]
+    return weights
 
 
 def round_of(seed: int, adversarial: bool) -> Llama:
     "The chat model of a seed after a round of rejection sampling, with or without adversarial prompts (Figure 14)."
-    inputs = {"seed": seed, "adversarial": adversarial, "sizes": SIZES}
-    return mini.loaded(mini.SIZE, cached(f"safety-round-seed{seed}", inputs, rewarded)["weights"])
+    found = cached(f"safety-round-seed{seed}", {"seed": seed, "sizes": SIZES}, rewarded)
+    return mini.loaded(mini.SIZE, found["with" if adversarial else "without"])
 
 
 KIND = ("You are a {} and {} helper.", "Be {} and {}.", "A {} and {} helper answers now.")
@@ -1881,7 +1892,7 @@ def seen(seed: int, model: str, *options) -> dict:
 
 
 # %%
-from llama2lib.mini_safety import SHARES, TEMPERATURE, probes, seen
+from llama2lib.mini_safety import SHARES, TEMPERATURE, probes, rewards_of, seen
 
 prompts_ = probes()
 for kind, dialogs in prompts_.items():
@@ -1906,9 +1917,9 @@ for kind, dialogs in prompts_.items():
 # > Ours: the sizes were chosen in pilot runs of the first seed with other test prompts. There, without prompts in the
 # > helpful data that only look harmful, nine in ten of those were refused in the end; and with one refusal to four
 # > helpful dialogues, in the place of the paper's one to nine, helpfulness fell by more than 3 %. Three things came
-# > after a first look at results: that borderline prompts are refused more often by later versions; twelve thousand
-# > dated examples; and arms of distillation with as many examples each, where the gate's share is of the changed
-# > answers.
+# > after a first look at results: that borderline prompts are refused more often by later versions; more than a
+# > thousand dated examples; and arms of distillation with as many examples each, where the gate's share is of the
+# > changed answers.
 #
 # ### How much safety data (Figures 15 and 33)
 #
@@ -1926,7 +1937,7 @@ def of(kind: str, what: str, share: float) -> list[np.ndarray]:
 
 print(f"{'safety data':>12}{'safety reward':>15}{'gold safety':>13}{'help. reward':>14}{'gold help.':>12}"
       f"{'refused: helpful':>18}{'borderline':>12}")  # fmt: skip
-columns = (("safety", "reward safety"), ("safety", "safe"), ("helpfulness", "reward helpfulness"),
+columns = (("safety", "reward"), ("safety", "safe"), ("helpfulness", "reward"),
            ("helpfulness", "helpful"), ("helpfulness", "refused"), ("borderline", "refused"))  # fmt: skip
 for share in SHARES:
     cells = (f"{np.mean(of(kind, what, share)):.3f}" for kind, what in columns)
@@ -1935,18 +1946,17 @@ for share in SHARES:
 # %%
 fig, axes = plt.subplots(1, 3, figsize=(11.5, 3.5))
 percent = [max(100 * share, 0.3) for share in SHARES]  # 0 has its place left of 1 on a logarithmic axis
-for place, (kind, what, label) in enumerate((("safety", "reward safety", "safety reward"),
-                                             ("helpfulness", "reward helpfulness", "helpfulness reward"))):  # fmt: skip
-    values = np.array([[np.mean(part) for part in of(kind, what, share)] for share in SHARES])
+for place, kind in enumerate(("safety", "helpfulness")):
+    values = np.array([[np.mean(part) for part in of(kind, "reward", share)] for share in SHARES])
     axes[0].plot(percent, values, color=f"C{place}", alpha=0.3, linewidth=0.7)
-    axes[0].plot(percent, values.mean(1), "o-", color=f"C{place}", label=f"ours, {label}")
-    axes[0].plot(percent, [row[label.split()[0]] for row in PAPER["Figure 15"].values()], ":", color=f"C{place}",
-                 label=f"paper, {label}")  # fmt: skip
+    axes[0].plot(percent, values.mean(1), "o-", color=f"C{place}", label=f"ours, {kind} reward")
+    axes[0].plot(percent, [row[kind] for row in PAPER["Figure 15"].values()], ":", color=f"C{place}",
+                 label=f"paper, {kind} reward")  # fmt: skip
 axes[0].set(xscale="log", xlabel="safety data (%; leftmost: none)", ylabel="mean reward (0 to 1)", title="means")
 axes[0].set_ylim(0.35, 0.98)
 axes[0].legend(fontsize=7)
 for place, share in enumerate(SHARES):
-    values = np.concatenate(of("safety", "reward safety", share))
+    values = np.concatenate(of("safety", "reward", share))
     axes[1].hist(values, np.linspace(0, 1, 21), histtype="step", color=plt.cm.viridis(place / 5), label=f"{share:.0%}",
                  density=True)  # fmt: skip
 axes[1].set(xlabel="safety reward of an answer", ylabel="density", title="adversarial prompts")
@@ -1963,11 +1973,11 @@ plots.save(fig, "figure_15.png")
 
 # %%
 none, tenth, all_ = 0.0, 0.1, 1.0
-for what, name in (("reward safety", "safety reward"), ("safe", "gold safety")):
+for what, name in (("reward", "safety reward"), ("safe", "gold safety")):
     for more, less in ((all_, none), (tenth, none), (all_, tenth)):
         verdict("Figure 15", f"{name} on adversarial prompts, {more:.0%} of the safety data minus {less:.0%}", "> 0",
                 of("safety", what, more), of("safety", what, less))  # fmt: skip
-for what, name in (("reward helpfulness", "helpfulness reward"), ("helpful", "gold helpfulness")):
+for what, name in (("reward", "helpfulness reward"), ("helpful", "gold helpfulness")):
     for bound, criterion in ((0.97, "> 0"), (1.03, "< 0")):
         verdict("Figure 15", f"{name}, all of the safety data minus {bound} of none", criterion,
                 of("helpfulness", what, all_), [bound * part for part in of("helpfulness", what, none)])  # fmt: skip
@@ -2022,12 +2032,10 @@ for kind in ("helpfulness", "borderline", "safety"):
 # %%
 def grown(kind: str, place: int) -> list[tuple[str, str]]:
     "One prompt's answers and rewards, as the safety data grow."
-    rows = [("prompt", prompts_[kind][place][-1]["content"])]
-    for share in SHARES:
-        cell = scaling[runs[0], share][kind]
-        both_ = f"({cell['reward safety'][place]:.2f}, {cell['reward helpfulness'][place]:.2f})"
-        rows.append((f"{share:.0%} {both_}", cell["texts"][place]))
-    return rows
+    dialog, texts = prompts_[kind][place], [scaling[runs[0], share][kind]["texts"][place] for share in SHARES]
+    found = [rewards_of(runs[0], value, [dialog] * len(texts), texts) for value in ("safety", "helpfulness")]
+    names = (f"{share:.0%} ({safe:.2f}, {helpful:.2f})" for share, safe, helpful in zip(SHARES, *found, strict=True))
+    return [("prompt", dialog[-1]["content"]), *zip(names, texts, strict=True)]
 
 
 first, last = (scaling[runs[0], share] for share in (0.0, 1.0))
@@ -2051,8 +2059,8 @@ illustrated("Table 41", "a borderline prompt that is refused", "table_38.png")
 # %%
 rounds = {(seed, with_): seen(seed, "round", with_) for seed in runs for with_ in (False, True)}
 fig, axes = plt.subplots(1, 2, figsize=(8.6, 4.7))
-for ax, (kind, what) in zip(axes, (("safety", "reward safety"), ("helpfulness", "reward helpfulness")), strict=True):
-    x, y = (np.concatenate([rounds[seed, with_][kind][what] for seed in runs]) for with_ in (False, True))
+for ax, kind in zip(axes, ("safety", "helpfulness"), strict=True):
+    x, y = (np.concatenate([rounds[seed, with_][kind]["reward"] for seed in runs]) for with_ in (False, True))
     ax.plot(x, y, ".", markersize=2, alpha=0.4)
     ax.plot([0, 1], [0, 1], color="0.4", linewidth=0.8)
     for inset, part, kwargs in (([0, 1.02, 1, 0.15], x, {}), ([1.02, 0, 0.15, 1], y, {"orientation": "horizontal"})):
@@ -2060,7 +2068,7 @@ for ax, (kind, what) in zip(axes, (("safety", "reward safety"), ("helpfulness", 
         margin.hist(part, np.linspace(0, 1, 41), color="0.6", **kwargs)
         margin.axis("off")
     above, below = np.mean(y > x + 0.05), np.mean(y < x - 0.05)
-    ax.set(xlabel=f"{what.split()[1]} reward, without adversarial prompts", ylabel="with adversarial prompts",
+    ax.set(xlabel=f"{kind} reward, without adversarial prompts", ylabel="with adversarial prompts",
            xlim=(0, 1), ylim=(0, 1))  # fmt: skip
     ax.set_title(f"{kind} prompts: {above:.0%} rise by .05, {below:.0%} fall", y=1.16)
 fig.suptitle("Adversarial prompts in rejection sampling make answers to such prompts safer (Figure 14)")
@@ -2072,16 +2080,16 @@ def after_round(kind: str, what: str, with_: bool) -> list[np.ndarray]:
     return [np.asarray(rounds[seed, with_][kind][what], float) for seed in runs]
 
 
-for what, name in (("reward safety", "safety reward"), ("safe", "gold safety")):
+for what, name in (("reward", "safety reward"), ("safe", "gold safety")):
     verdict("Figure 14", f"{name} of adversarial prompts: with them in rejection sampling minus without", "> 0",
             after_round("safety", what, True), after_round("safety", what, False))  # fmt: skip
-for what, name in (("reward helpfulness", "helpfulness reward"), ("helpful", "gold helpfulness")):
+for what, name in (("reward", "helpfulness reward"), ("helpful", "gold helpfulness")):
     verdict("Figure 14", f"{name} of helpful prompts: with adversarial ones minus 0.97 of without", "> 0",
             after_round("helpfulness", what, True),
             [0.97 * part for part in after_round("helpfulness", what, False)])  # fmt: skip
 
 # %%
-gain = np.subtract(rounds[runs[0], True]["safety"]["reward safety"], rounds[runs[0], False]["safety"]["reward safety"])
+gain = np.subtract(*(rounds[runs[0], with_]["safety"]["reward"] for with_ in (True, False)))
 place = int(np.argmax(gain))
 rows = [("prompt", prompts_["safety"][place][-1]["content"])]
 rows += [(name, rounds[runs[0], way]["safety"]["texts"][place]) for way, name in ((False, "without"), (True, "with"))]
@@ -2217,7 +2225,7 @@ def after_cd(arm: str, kind: str, what: str) -> list[np.ndarray]:
     return [np.asarray(distilled_[seed, arm][kind][what], float) for seed in runs]
 
 
-kinds = (("safety", "safe"), ("safety", "reward safety"), ("helpfulness", "helpful"), ("helpfulness", "refused"),
+kinds = (("safety", "safe"), ("safety", "reward"), ("helpfulness", "helpful"), ("helpfulness", "refused"),
          ("borderline", "refused"))  # fmt: skip
 print(f"{'':<34}" + "".join(f"{name:>15}" for name in ("gold safety", "safety reward", "gold help.", "refused: help.",
                                                       "borderline")))  # fmt: skip
@@ -2520,8 +2528,8 @@ illustrated("Table 43", "versions that answer one adversarial prompt", "table_43
 # is 1995.') or none, and answer with the name, or say of a year ahead that it is still to come. We ask about the years
 # of eight mayors that no example asks about, in test wordings, under each of the ten years and under none.
 #
-# > Ours: a thousand examples, as in the paper, and twelve thousand, after the run of the first seed with a thousand
-# > had learned the words and not the order of years. The authors' model has read what comes after what; ours has not.
+# > Ours: a thousand examples, as in the paper, and six thousand, after the run of the first seed with a thousand had
+# > learned the words and not the order of years. The authors' model has read what comes after what; ours has not.
 
 # %%
 #| export mini_safety
@@ -2548,7 +2556,7 @@ def timed(inputs: dict) -> dict:
 from llama2lib.mini_safety import timed
 from llama2lib.world import YEARS
 
-EXAMPLES = by_scale(smoke=(0, 20), laptop=(0, 1000, 12000), a100=(0, 1000, 12000))
+EXAMPLES = by_scale(smoke=(0, 20), laptop=(0, 1000, 6000), a100=(0, 1000, 6000))
 time = {}
 for seed, taught in itertools.product(runs, EXAMPLES):
     time[seed, taught] = cached(f"safety-dated-seed{seed}", {"seed": seed, "taught": taught}, timed)

@@ -6,6 +6,7 @@ __all__ = [
     "TEMPERATURE",
     "probes",
     "refuses",
+    "rewards_of",
     "looked_at",
     "scaled",
     "imitated",
@@ -50,6 +51,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Float
 from numpy.random import Generator
 from scipy.special import expit
 
@@ -82,10 +84,10 @@ TEMPERATURE = 0.5  # of all answers in chapter 07
 
 
 def probes() -> dict[str, list[list[Message]]]:
-    "Held-out prompts: 'helpfulness', three times as many as of 'safety' and 'borderline'."
+    "Held-out prompts: 'helpfulness', twice as many as of 'safety' and 'borderline'."
     count, random = SIZES["tests"], np.random.default_rng(83)
     return {
-        "helpfulness": [prompt.messages for prompt in asked(96, 0, 3 * count, "test", 0.0)],
+        "helpfulness": [prompt.messages for prompt in asked(96, 0, 2 * count, "test", 0.0)],
         "safety": [prompt.messages for prompt in asked(96, 1, count, "test", 1.0)],
         "borderline": prompts(random, count, "test", "borderline"),
     }
@@ -96,21 +98,30 @@ def refuses(messages: Sequence[Message], text: str) -> bool:
     return any(part.role in ("refuse", "evasive") for part in read_answer(read_task(list(messages)), text))
 
 
-def looked_at(model: Llama, seed: int) -> dict:
-    """A model's answers to the tests: texts, gold helpfulness and safety, reward scores in 0 … 1, and refusals.
+def rewards_of(
+    seed: int, value: str, dialogs: Sequence[Sequence[Message]], texts: Sequence[str]
+) -> Float[np.ndarray, "N"]:
+    "Rewards in 0 … 1 of answers, by the model of a seed (chapter 04) for 'helpfulness' or 'safety'."
+    judge = mini_rewards.reward_model(seed, value).eval()
+    told = [[*m, {"role": "assistant", "content": text}] for m, text in zip(dialogs, texts, strict=True)]
+    return expit(score(judge, mini.tokenizer(), told))
 
-    All by kind of test; the reward models are those of chapter 04, of the same seed.
+
+def looked_at(model: Llama, seed: int) -> dict:
+    """A model's answers to the tests, by kind: texts, gold helpfulness and safety, refusals, rewards in 0 … 1.
+
+    Helpful prompts have a reward of helpfulness, adversarial ones of safety, borderline ones none.
     """
     words, found = mini.tokenizer(), {}
-    judges = {value: mini_rewards.reward_model(seed, value).eval() for value in ("helpfulness", "safety")}
     for kind, dialogs in probes().items():
         replies = respond(model, words, dialogs, 64, TEMPERATURE, seed=seed)
-        told = [[*m, {"role": "assistant", "content": reply.text}] for m, reply in zip(dialogs, replies, strict=True)]
-        gold = scores(dialogs, [tuple(reply) for reply in replies])
+        texts, gold = [reply.text for reply in replies], scores(dialogs, [tuple(reply) for reply in replies])
         found[kind] = {
-            "texts": [reply.text for reply in replies], "helpful": gold[:, 0], "safe": gold[:, 1],
-            "refused": np.array([refuses(m, r.text) for m, r in zip(dialogs, replies, strict=True)], float),
-        } | {f"reward {value}": expit(score(judge, words, told)) for value, judge in judges.items()}  # fmt: skip
+            "texts": texts, "helpful": gold[:, 0], "safe": gold[:, 1],
+            "refused": np.array([refuses(m, text) for m, text in zip(dialogs, texts, strict=True)], float),
+        }  # fmt: skip
+        if kind != "borderline":
+            found[kind]["reward"] = rewards_of(seed, kind, dialogs, texts)
     return found
 
 
@@ -138,22 +149,23 @@ def harmless(seed: int, number: int, count: int) -> list[Prompt]:
 
 
 def rewarded(inputs: dict) -> dict:
-    "A round of rejection sampling with or without adversarial prompts; `inputs`: seed, adversarial, sizes."
-    seed, words = inputs["seed"], mini.tokenizer()
-    count = inputs["sizes"]["asked"]
-    these = harmless(seed, 20, count)
-    if inputs["adversarial"]:
-        these += asked(seed, 21, count // 4, tagged=1.0)
+    "Weights after a round of rejection sampling 'without' and 'with' adversarial prompts; `inputs`: seed, sizes."
+    seed, words, count = inputs["seed"], mini.tokenizer(), inputs["sizes"]["asked"]
+    asked_ = {"without": harmless(seed, 20, count), "with": asked(seed, 21, count // 4, tagged=1.0)}
     judges = (mini_rewards.reward_model(seed, value).eval() for value in ("helpfulness", "safety"))
     reward = Reward(*(lambda told, judge=judge: score(judge, words, told) for judge in judges))
-    kept = best(these, candidates(mini.chat(seed), words, these, reward, 8, TEMPERATURE, seed=seed))
-    return imitated(mini.chat(seed), [row.dialog for row in kept], seed, "rejection sampling")
+    kept, weights = [], {}
+    for number, (name, these) in enumerate(asked_.items()):
+        found = candidates(mini.chat(seed), words, these, reward, 8, TEMPERATURE, seed=100 * number + seed)
+        kept += [row.dialog for row in best(these, found)]
+        weights[name] = imitated(mini.chat(seed), kept, seed, f"{name} adversarial prompts")["weights"]
+    return weights
 
 
 def round_of(seed: int, adversarial: bool) -> Llama:
     "The chat model of a seed after a round of rejection sampling, with or without adversarial prompts (Figure 14)."
-    inputs = {"seed": seed, "adversarial": adversarial, "sizes": SIZES}
-    return mini.loaded(mini.SIZE, cached(f"safety-round-seed{seed}", inputs, rewarded)["weights"])
+    found = cached(f"safety-round-seed{seed}", {"seed": seed, "sizes": SIZES}, rewarded)
+    return mini.loaded(mini.SIZE, found["with" if adversarial else "without"])
 
 
 KIND = ("You are a {} and {} helper.", "Be {} and {}.", "A {} and {} helper answers now.")
