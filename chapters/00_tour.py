@@ -15,6 +15,7 @@
 import json
 import math
 import os
+import textwrap
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -27,12 +28,16 @@ from tqdm import tqdm
 
 from llama2lib import mini, mini_rewards, plots, synthetic
 from llama2lib.carbon import Energy, Meter
+from llama2lib.card import NOT_STATED, CardConfig, card
 from llama2lib.chat import Chat, respond, widget
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
+from llama2lib.continuations import loglikelihoods
 from llama2lib.corpus import Source, describe, mix, packaged_sources, read_documents, shares, token_stream
 from llama2lib.dialog import encode_dialog
+from llama2lib.evaluate import CHOICE, mini_rows
 from llama2lib.gatt import answered, build_gatt_example, contexts, converse, joined, newest_turns, obeying
 from llama2lib.generation import generate
+from llama2lib.human_eval import outcomes, simulated, tally
 from llama2lib.judge import obeys, scores
 from llama2lib.mini_gatt import instructed, learned, talk, under
 from llama2lib.mini_rlhf import asked
@@ -48,7 +53,7 @@ from llama2lib.reward import REWARD, RewardConfig, score
 from llama2lib.rollout import Prompt, Reward, policy_of, value_of
 from llama2lib.safety import violation_rate
 from llama2lib.sft import SFT, sft
-from llama2lib.stats import win_rate_interval
+from llama2lib.stats import paired_interval, win_rate_interval
 from llama2lib.tokenizer import train_tokenizer
 
 plt.rcParams.update(plots.STYLE)
@@ -93,6 +98,18 @@ def mixture():
 
 
 print({name: len(documents) for name, documents in held_out.items()}, "documents held out")
+fig, ax = plt.subplots(figsize=(5.6, 2.4))
+characters = sum(source.characters for source in sources.values())
+parts = {"of the text": {name: source.characters / characters for name, source in sources.items()},
+         "of the training data": shares(sources)}  # fmt: skip
+for shift, (label, share) in zip((-0.2, 0.2), parts.items(), strict=True):
+    ax.barh(np.arange(len(share)) + shift, [100 * part for part in share.values()], 0.4, label=label)
+ax.set_yticks(range(len(sources)), list(sources))
+ax.invert_yaxis()
+ax.set(xlabel="share (%)", title="What is factual is read more often" if not own_text else "One source")
+ax.legend(fontsize=8)
+if not own_text:
+    plots.save(fig, "00_text.png")
 
 # %% [markdown]
 # ## 2. A tokenizer
@@ -109,6 +126,16 @@ for text in ("What is your favorite movie?", "def area(r): return 3.14 * r ** 2"
     print(*tokenizer.pieces(tokenizer.encode(text)))
 sample = list(islice(mixture(), 100))
 print(f"{sum(map(len, sample)) / sum(len(tokenizer.encode(text)) for text in sample):.2f} characters per piece")
+fig, ax = plt.subplots(figsize=(5.6, 2.8))
+for name, documents in held_out.items():
+    lengths = [len(piece) for piece in tokenizer.pieces(tokenizer.encode("\n".join(documents)[:20_000]))]
+    ax.plot(100 * np.bincount(lengths, minlength=11)[1:11] / len(lengths), "o-", markersize=3, label=name)
+ax.set_xticks(range(10), range(1, 11))
+ax.set(xlabel="characters of a piece, its space included", ylabel="share of pieces (%)", ylim=(0, None),
+       title="Pieces of all texts are short")  # fmt: skip
+ax.legend(fontsize=8)
+if not own_text:
+    plots.save(fig, "00_pieces.png")
 
 # %% [markdown]
 # ## 3. A model
@@ -254,17 +281,31 @@ tests = {
 }
 
 
-def show(name: str, model: Llama) -> np.ndarray:
+answers, gold = {}, {}  # of each stage, to the tests of each value
+
+
+def show(stage: str, model: Llama) -> np.ndarray:
     "Print and give mean gold scores of answers at temperature 1: helpfulness of harmless prompts, safety of others."
-    found = []
-    for column, dialogs in enumerate(tests.values()):
+    answers[stage], gold[stage] = {}, {}
+    for column, (value, dialogs) in enumerate(tests.items()):
         replies = respond(model, words, dialogs, 64, 1.0, seed=0)
-        found.append(scores(dialogs, [tuple(reply) for reply in replies])[:, column].mean())
-    print(f"{name:<24} helpfulness {found[0]:.2f}, safety {found[1]:.2f}")
-    return np.array(found)
+        answers[stage][value] = [reply.text for reply in replies]
+        gold[stage][value] = scores(dialogs, [tuple(reply) for reply in replies])[:, column]
+    means = np.array([found.mean() for found in gold[stage].values()])
+    print(f"{stage:<20} helpfulness {means[0]:.2f}, safety {means[1]:.2f}")
+    return means
 
 
-before, after = show("base model", world_model), show("after fine-tuning", chat_model)
+before, after = show("base", world_model), show("fine-tuning", chat_model)
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.8), sharey=True)
+for ax, value in zip(axes, tests, strict=True):
+    ax.hist([gold[stage][value] for stage in gold], np.linspace(0, 1, 11), label=list(gold),
+            weights=[np.full(len(found[value]), 100 / len(found[value])) for found in gold.values()])  # fmt: skip
+    ax.set(xlabel=f"gold {value}", xlim=(0, 1))
+axes[0].set_ylabel("share of answers (%)")
+axes[0].legend(fontsize=8)
+fig.suptitle("Dialogues teach the model to help, and not to be safe")
+plots.save(fig, "00_fine_tuning.png")
 if not smoke:
     assert after[0] > before[0]
 
@@ -297,13 +338,30 @@ def rewards_of(pairs: dict, recipe: RewardConfig) -> Reward:
 numbers = {"helpfulness": 24, "safety": 24} if smoke else {"helpfulness": 2000, "safety": 600}
 pairs = cached("tour-pairs", numbers, compared)
 judged = {"pairs": pairs, "recipe": REWARD["mini"]}
-reward = rewards_of(*judged.values())
+reward = rewards_of(**judged)
 example = pairs["helpfulness"][0]
 sides = [example["chosen"], example["rejected"]]
 logits = reward([Prompt(example["messages"], False)] * 2, sides).helpful
 print(f"{example['messages'][-1]['content']}\n(one is {example['rating']})")
 for sign, text, logit in zip("+-", sides, logits, strict=True):
     print(f"{sign} {text} (reward {logit:.2f})")
+
+# %% [markdown]
+# Held-out answers of the chat model, scored by both models: a reward is the logit that an answer is a good one.
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.8))
+for ax, (value, dialogs) in zip(axes, tests.items(), strict=True):
+    found = reward([Prompt(messages, value == "safety") for messages in dialogs], answers["fine-tuning"][value])
+    logits = {"helpfulness": found.helpful, "safety": found.safety}[value]
+    good = gold["fine-tuning"][value] >= 0.5
+    bins = np.linspace(min(logits), max(logits), 25)
+    for label, part in ((f"gold {value} below 0.5", logits[~good]), ("0.5 or more", logits[good])):
+        ax.hist(part, bins, alpha=0.6, label=label)
+    ax.set(xlabel=f"reward for {value} (logit)", ylabel="answers")
+    ax.legend(fontsize=7)
+fig.suptitle("Better answers get higher rewards")
+plots.save(fig, "00_rewards.png")
 
 # %% [markdown]
 # ## 10. Rejection sampling
@@ -315,12 +373,14 @@ for sign, text, logit in zip("+-", sides, logits, strict=True):
 # %%
 def imitated(inputs: dict) -> dict:
     "Weights of the chat model after learning from its best answers; `inputs`: judged, prompts, samples, recipe."
-    model, reward, prompts = mini.chat(), rewards_of(*inputs["judged"].values()), asked(0, 5, inputs["prompts"])
-    chosen = best(prompts, candidates(model, mini.tokenizer(), prompts, reward, inputs["samples"], 0.5, seed=1))
+    model, reward, prompts = mini.chat(), rewards_of(**inputs["judged"]), asked(0, 5, inputs["prompts"])
+    drawn = candidates(model, mini.tokenizer(), prompts, reward, inputs["samples"], 0.5, seed=1)
+    chosen = best(prompts, drawn)
     examples = [encode_dialog(mini.tokenizer(), row.dialog) for row in chosen]
     for _ in tqdm(sft(model, examples, inputs["recipe"]), unit="step", desc="fine-tuning"):
         pass
-    return {"weights": model.state_dict(), "first": [chosen[0].prompt.messages[-1]["content"], chosen[0].answer]}
+    first = [chosen[0].prompt.messages[-1]["content"], chosen[0].answer]
+    return {"weights": model.state_dict(), "first": first, "rewards": drawn.rewards}
 
 
 inputs = {"judged": judged, "prompts": 16 if smoke else 600, "samples": 8, "recipe": SFT["mini"]}
@@ -329,6 +389,12 @@ imitator = Llama(chat_model.config)
 imitator.load_state_dict(found["weights"])
 print("{}\n+ {}\n".format(*found["first"]))
 chosen = show("rejection sampling", imitator.eval())
+fig, ax = plt.subplots(figsize=(5.6, 2.8))
+highest = np.fmax.accumulate(found["rewards"], axis=1)
+ax.plot(range(1, 9), np.nanmean(highest, 0), "o-")
+ax.set(xlabel="answers to choose from", ylabel="mean reward of the best (logit)")
+ax.set_title("More answers to choose from, a better best one")
+plots.save(fig, "00_rejection_sampling.png")
 if not smoke:
     assert (chosen > after).all()
 
@@ -343,7 +409,7 @@ if not smoke:
 # %%
 def reinforced(inputs: dict) -> dict:
     "Weights of a policy after PPO, its mean rewards and KL on the way; `inputs`: weights, judged, recipe."
-    start, reward, prompts = mini.chat(), rewards_of(*inputs["judged"].values()), asked(0, 6, 2000)
+    start, reward, prompts = mini.chat(), rewards_of(**inputs["judged"]), asked(0, 6, 2000)
     start.load_state_dict(inputs["weights"])
     policy, value, recipe, log = policy_of(start), value_of(mini_rewards.bootstrapped(0)), inputs["recipe"], []
     loop = ppo(policy, policy_of(start), value, mini.tokenizer(), prompts, reward, recipe)
@@ -361,6 +427,13 @@ rewards, kl = learned_by_ppo["log"].T
 half = max(1, len(rewards) // 2)
 print(f"mean reward {rewards[:half].mean():.2f} in the first half, {rewards[-half:].mean():.2f} in the second")
 print(f"KL to the start: {kl[-1]:.1f} nats an answer")
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.6))
+course = {"mean reward (logit)": rewards, "KL to the start (nats an answer)": kl}
+for ax, (label, values) in zip(axes, course.items(), strict=True):
+    ax.plot(range(1, len(values) + 1), values, "o-", markersize=3)
+    ax.set(xlabel="iteration", ylabel=label)
+fig.suptitle("PPO: reward against distance from the start")
+plots.save(fig, "00_ppo.png")
 _ = show("PPO", learner.eval())
 
 # %% [markdown]
@@ -396,7 +469,7 @@ def attentive(inputs: dict) -> dict:
     instructions = [instructed(random, "train", {"language": 1})[1] for _ in dialogs]
     room, seeds = inputs["context"] - 64, list(range(len(dialogs)))
     cuts = obeying(model, words, contexts(dialogs, instructions, words, room), 0.5, room, 64, 0.5)
-    reward = Reward(newest_turns(rewards_of(*inputs["judged"].values()).helpful, 1))
+    reward = Reward(newest_turns(rewards_of(**inputs["judged"]).helpful, 1))
     rows = answered(model, words, cuts, reward, 4, 0.5, 1.0, 64, seeds)
     examples = [
         build_gatt_example(words, [*cut.messages, {"role": "assistant", "content": text}], cut.system)
@@ -475,7 +548,64 @@ if not smoke:
     assert rates["Ghost Attention"].value < rates["fine-tuning"].value
 
 # %% [markdown]
-# ## 14. What it cost
+# ## 14. Is it better?
+#
+# Three ways to ask, those of the paper. People compare the answers of two models to the same prompts (section 3.4.2):
+# here three simulated raters, the last model against the fine-tuned one, and most of them decide. A benchmark (section
+# 2.3) asks questions with four choices, and takes the one that the model finds likeliest: does it still know what it
+# knew? And the judge's scores of every stage, from above.
+
+# %%
+gap = gold["Ghost Attention"]["helpfulness"] - gold["fine-tuning"]["helpfulness"]
+print(f"raters, helpful prompts: {tally(outcomes(simulated(gap, 0.1)))}")
+quiz = mini_rows(CHOICE, 12 if smoke else 400, "test")
+print(quiz[0]["question"], quiz[0]["choices"])
+
+
+def right_choices(model: Llama) -> int:
+    "Number of questions of the quiz whose right choice is the likeliest answer."
+    pairs = []
+    for row in quiz:
+        for text in row["choices"]:
+            messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": text}]
+            tokens, mask = map(np.array, encode_dialog(words, messages))
+            pairs.append((tokens[mask == 0].tolist(), tokens[mask == 1].tolist()))
+    likely = np.array([found.logprob for found in loglikelihoods(model, pairs)]).reshape(-1, 4)
+    return int((likely.argmax(1) == [row["gold"] for row in quiz]).sum())
+
+
+quizzed = {}
+for stage, model in stages.items():
+    count = right_choices(model)
+    quizzed[stage] = win_rate_interval(count, len(quiz) - count)
+    print(f"{stage:>18}: {quizzed[stage].value:.0%} right of four choices")
+
+# %% [markdown]
+# The whole way in one picture: means with their 95 % intervals over the prompts of this one run, and the answers of
+# each stage to one prompt of either kind.
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1, 1.5))
+for shift, value in zip((-0.06, 0.06), tests, strict=True):
+    bars = [paired_interval(found[value], np.zeros(len(found[value]))) for found in gold.values()]
+    value_, low, high = np.array(bars).T
+    left.errorbar(np.arange(len(gold)) + shift, value_, [value_ - low, high - value_], fmt="o-", capsize=3, label=value)
+left.set_xticks(range(len(gold)), [stage.replace(" ", "\n") for stage in gold], fontsize=7)
+left.set(ylabel="gold score (0 to 1)", ylim=(0, 1), title="From stage to stage")
+left.legend(fontsize=8)
+place = {value: int(np.argmax(gold["Ghost Attention"][value] - gold["fine-tuning"][value])) for value in tests}
+lines = []
+for value, at in place.items():
+    lines += [(0, tests[value][at][-1]["content"])]
+    lines += [(0.03, f"{stage}: {answers[stage][value][at]}") for stage in answers]
+right.axis("off")
+for number, (indent, text) in enumerate(lines):
+    right.text(indent, 1 - number / len(lines), textwrap.shorten(text, 90), fontsize=7.5, va="top",
+               weight="normal" if indent else "bold", transform=right.transAxes)  # fmt: skip
+plots.save(fig, "00_stages.png")
+
+# %% [markdown]
+# ## 15. What it cost
 #
 # The electricity of this run as a meter saw it (chapter 08; where a processor has no counters to read, as on most
 # virtual machines, an estimate from its type and load), and carbon on the paper's grid. A stage that comes from the
@@ -492,7 +622,7 @@ total = PAPER["Table 2"]["Total"]
 print(f"Llama 2: {total['gpu_hours']:,} GPU hours, {total['tco2eq']:,.0f} t")
 
 # %% [markdown]
-# ## 15. Chat
+# ## 16. Chat
 #
 # Ask it something. In Jupyter the box below takes your messages; in a terminal, `python -m llama2lib.chat` does.
 
@@ -503,6 +633,18 @@ for text in ("Where does Ida live?", "What pet does she have?", "How can I open 
 save_checkpoint(final, folder / "chat", tokenizer=words)
 print(f"\npython -m llama2lib.chat --model {os.path.relpath(folder / 'chat', ROOT)}")
 
+# %% [markdown]
+# Whoever gives a model away gives its card with it (appendix A.7, chapter 14): what it is, what it learned from, how it
+# was measured, what may go wrong. What the folder and we do not say stays 'not stated'.
+
+# %%
+try:
+    text = card(CardConfig(folder / "chat", name="The tour's chat model", language=("en",), license="mit",
+                           data="made-up dialogues of a made-up world", intended_use="to be looked at"))  # fmt: skip
+    print(*(line for line in text.splitlines() if line.startswith("**") and NOT_STATED not in line), sep="\n")
+except ImportError as missing:
+    print(missing)
+
 # %%
 widget(Chat(final, words, max_new_tokens=64))
 
@@ -511,5 +653,6 @@ widget(Chat(final, words, max_new_tokens=64))
 #
 # Chapter 01 builds this model from its parts, chapter 02 trains it, chapter 03 teaches it to answer, chapters 04 and
 # 05 to answer better, chapter 06 to remember what it was told, chapter 07 asks what makes it safe, chapter 08 what it
-# costs, and all say where the paper is silent; chapter 12 is the small world. To load a real Llama 2, give
-# `load_checkpoint` the folder that Meta or Hugging Face ships.
+# costs, chapters 09 and 14 measure it; chapter 11 shows how such work goes wrong in silence, chapter 12 is the small
+# world, and all say where the paper is silent. To load a real Llama 2, give `load_checkpoint` the folder that Meta or
+# Hugging Face ships.

@@ -1016,50 +1016,6 @@ for number, kind in enumerate(HELPFUL):
     print(f"{messages[0]['content']}\n    {reply.text}  [{judge(messages, *reply).helpfulness:.2f}]")
 
 # %% [markdown]
-# ## Claims
-#
-# From here on the book tests claims with models of the mini world. Each claim is a difference of two lists of scores,
-# with a list for each seed, and becomes a row of the ledger.
-
-
-# %%
-#| export claims
-from collections.abc import Sequence
-
-import numpy as np
-from jaxtyping import Float
-
-from llama2lib import ledger
-from llama2lib.stats import paired_interval
-
-
-def compare(
-    seeds: Sequence[int],
-    item: str,
-    claim: str,
-    criterion: str,
-    printed,
-    more: Sequence[Float[np.ndarray, "N"]],
-    less: Sequence[Float[np.ndarray, "N"]],
-    evidence: str,
-) -> dict:
-    """Record the mean of `more` minus `less`, scores for each seed, as a row of the ledger, and print its verdict.
-
-    item, claim, criterion, printed, evidence: as in `ledger.record`. Where lists differ in length, each is cut to the
-    shortest.
-    """
-    size = min(map(len, (*more, *less)))
-    more, less = (np.stack([np.asarray(part, float)[:size] for part in parts]) for parts in (more, less))
-    gap = paired_interval(more, less)
-    effects = dict(zip(seeds, (more - less).mean(1).tolist(), strict=True))
-    row = ledger.record(
-        item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
-    )
-    print(f"{claim}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")
-    return row
-
-
-# %% [markdown]
 # ## Quality is all you need
 #
 # The paper set millions of third-party examples aside for a few thousand of its own, and its results "notably
@@ -1090,8 +1046,8 @@ compare = partial(claims.compare, runs, "Section 3.1")
 quality = {clean: np.stack([gold(by_quality(seed, clean), asked)[:, 0] for seed in runs]) for clean in (True, False)}
 print(f"{few} clean dialogues: {quality[True].mean():.2f}; {8 * few} noisy ones: {quality[False].mean():.2f}")
 _ = compare(
-    "gold helpfulness of few clean minus many noisy dialogues, equal steps", "> 0", "results notably improved",
-    quality[True], quality[False], "chapters/03_sft.py::by_quality",
+    "gold helpfulness of few clean minus many noisy dialogues, equal steps", "> 0", quality[True], quality[False],
+    "results notably improved", evidence="chapters/03_sft.py::by_quality",
 )  # fmt: skip
 
 # %% [markdown]
@@ -1116,8 +1072,8 @@ def concatenated(seed: int) -> Llama:
 leaking = np.stack([gold(concatenated(seed), asked)[:, 0] for seed in runs])
 print(f"concatenated {leaking.mean():.2f}, block-diagonal {helpful['fine-tuned'].mean():.2f}")
 _ = compare(
-    "gold helpfulness of concatenated minus block-diagonal rows", "> -0.05", "all prompts and answers concatenated",
-    leaking, helpful["fine-tuned"], "chapters/03_sft.py::concatenated",
+    "gold helpfulness of concatenated minus block-diagonal rows", "> -0.05", leaking, helpful["fine-tuned"],
+    "all prompts and answers concatenated", evidence="chapters/03_sft.py::concatenated",
 )  # fmt: skip
 
 # %% [markdown]
@@ -1166,8 +1122,8 @@ won, both = (np.stack(part) for part in zip(*(audit(seed) for seed in runs), str
 print(f"model {(won == 1).mean():.0%}, neither {(won == 0.5).mean():.0%}, annotator {(won == 0).mean():.0%}; "
       f"gold helpfulness {both[:, 0].mean():.2f} and {both[:, 1].mean():.2f}")  # fmt: skip
 _ = compare(
-    "share of pairs won against new annotations, rated blind, ties half", "> 0.4", "often competitive",
-    won, np.zeros_like(won), "chapters/03_sft.py::audit",
+    "share of pairs won against new annotations, rated blind, ties half", "> 0.4", won, np.zeros_like(won),
+    "often competitive", evidence="chapters/03_sft.py::audit",
 )  # fmt: skip
 
 # %% [markdown]

@@ -1424,21 +1424,21 @@ home = hits["helpfulness RM"]["helpfulness"]
 printed = {name: {of: (share or 0) / 100 for of, share in row.items()} for name, row in paper.PAPER["Table 7"].items()}
 for value, other, column in (("helpfulness", "safety", "Meta-Helpful"), ("safety", "helpfulness", "Meta-Safety")):
     gap = printed[f"{value.title()} RM"][column] - printed[f"{other.title()} RM"][column]
-    compare("Table 7", f"on {value} tests, accuracy of the {value} model minus the {other} model's", "> 0", gap,
-            hits[f"{value} RM"][value], hits[f"{other} RM"][value], f"{FILE}::final = ")  # fmt: skip
-compare("Table 7", "accuracy of the helpfulness model on helpfulness tests", "> 0.65",
-        printed["Helpfulness RM"]["Meta-Helpful"], home, np.zeros_like(home), f"{FILE}::found = ")  # fmt: skip
+    compare("Table 7", f"on {value} tests, accuracy of the {value} model minus the {other} model's", "> 0",
+            hits[f"{value} RM"][value], hits[f"{other} RM"][value], gap, evidence=f"{FILE}::final = ")  # fmt: skip
+compare("Table 7", "accuracy of the helpfulness model on helpfulness tests", "> 0.65", home, np.zeros_like(home),
+        printed["Helpfulness RM"]["Meta-Helpful"], evidence=f"{FILE}::found = ")  # fmt: skip
 for name, criterion in (("length", "> 0.08"), ("bag of words", "> 0.08"), ("chat model, A or B", "> 0")):
     gap = printed["Helpfulness RM"]["Meta-Helpful"] - printed["GPT-4"]["Meta-Helpful"] if "chat" in name else None
-    compare("Table 7", f"accuracy of the helpfulness model minus that of: {name}", criterion, gap, home,
-            hits[name]["helpfulness"], f"{FILE}::found = ")  # fmt: skip
+    compare("Table 7", f"accuracy of the helpfulness model minus that of: {name}", criterion, home,
+            hits[name]["helpfulness"], gap, evidence=f"{FILE}::found = ")  # fmt: skip
 clear, close = ([hit[name == rating] for hit, name in zip(home, rated["helpfulness"], strict=True)]
                 for rating in (CLEAR, "negligibly better"))  # fmt: skip
 printed = {name: share / 100 for name, share in paper.PAPER["Table 8"]["Helpfulness RM on Meta Helpful"].items()}
-compare("Table 8", "accuracy of the helpfulness model on significantly better answers", "> 0.78",
-        printed["significantly"], clear, [np.zeros_like(part) for part in clear], f"{FILE}::found = ")  # fmt: skip
-_ = compare("Table 8", "accuracy on significantly better minus on negligibly better answers", "> 0.2",
-            printed["significantly"] - printed["negligibly"], clear, close, f"{FILE}::found = ")  # fmt: skip
+compare("Table 8", "accuracy of the helpfulness model on significantly better answers", "> 0.78", clear,
+        [np.zeros_like(part) for part in clear], printed["significantly"], evidence=f"{FILE}::found = ")  # fmt: skip
+_ = compare("Table 8", "accuracy on significantly better minus on negligibly better answers", "> 0.2", clear, close,
+            printed["significantly"] - printed["negligibly"], evidence=f"{FILE}::found = ")  # fmt: skip
 
 # %% [markdown]
 # Each model is better at home. The helpfulness model agrees with 66.1 % of the pairs, and with 79.1 % of the
@@ -1526,14 +1526,13 @@ hit = {margin: right(scores) for margin, scores in by_margin.items()}
 clear = {margin: [h[name == CLEAR] for h, name in zip(of, rated["helpfulness"], strict=True)]
          for margin, of in hit.items()}  # fmt: skip
 ends = {margin: (np.abs(sigmoid(scores) - 0.5) > 0.48).reshape(len(runs), -1) for margin, scores in by_margin.items()}
-compare("Table 28", "accuracy on significantly better answers, large margin minus none", "> 0",
-        printed["large"]["significantly"] - printed["none"]["significantly"], clear["large"], clear["none"],
-        f"{FILE}::by_margin = ")  # fmt: skip
-compare("Table 28", "accuracy on all answers, small margin minus none", "> 0",
-        printed["small"]["Avg"] - printed["none"]["Avg"], hit["small"], hit["none"],
-        f"{FILE}::by_margin = ")  # fmt: skip
-_ = compare("Figure 27", "share of scores in the two outermost of 50 bins, large margin minus none", "> 0", None,
-            ends["large"], ends["none"], f"{FILE}::by_margin = ")  # fmt: skip
+compare("Table 28", "accuracy on significantly better answers, large margin minus none", "> 0", clear["large"],
+        clear["none"], printed["large"]["significantly"] - printed["none"]["significantly"],
+        evidence=f"{FILE}::by_margin = ")  # fmt: skip
+compare("Table 28", "accuracy on all answers, small margin minus none", "> 0", hit["small"], hit["none"],
+        printed["small"]["Avg"] - printed["none"]["Avg"], evidence=f"{FILE}::by_margin = ")  # fmt: skip
+_ = compare("Figure 27", "share of scores in the two outermost of 50 bins, large margin minus none", "> 0",
+            ends["large"], ends["none"], evidence=f"{FILE}::by_margin = ")  # fmt: skip
 
 # %% [markdown]
 # The large margin does help where answers differ much, by 2.4 points; on all pairs the gain of the small one is within
@@ -1574,12 +1573,12 @@ for claim, more, less, key in (
     ("accuracy on safety tests", right(safety["+ auxiliary"]), right(safety["baseline"]), "Avg"),
 ):
     if min(map(len, more)) > 1:  # at the smoke scale no answer says enough to be unsafe
-        compare("Table 29", f"{claim}, with the auxiliary loss minus without", "> 0",
-                printed["+ auxiliary"][key] - printed["baseline"][key], more, less, f"{FILE}::safety = ")  # fmt: skip
+        compare("Table 29", f"{claim}, with the auxiliary loss minus without", "> 0", more, less,
+                printed["+ auxiliary"][key] - printed["baseline"][key], evidence=f"{FILE}::safety = ")  # fmt: skip
 both = [[hit[of == "both_safe"] for hit, of in zip(right(safety[name]), bins, strict=True)]
         for name in ("+ auxiliary", "no helpfulness data")]  # fmt: skip
 _ = compare("Section 3.2.2", "accuracy where both answers are safe, with 10 % helpfulness data minus without", "> 0",
-            "especially beneficial", *both, f"{FILE}::safety = ")  # fmt: skip
+            *both, "especially beneficial", evidence=f"{FILE}::safety = ")  # fmt: skip
 
 # %% [markdown]
 # All three stay open. The recall of unsafe answers falls with the auxiliary loss, on every seed. But without it a score
@@ -1622,11 +1621,11 @@ plots.save(fig, "figure_06.png")
 # %%
 large = grown[mini.SIZE]
 for fewer, more in itertools.pairwise(COUNTS):
-    compare("Figure 6", f"accuracy with {more:,} pairs minus with {fewer:,}", "> 0", None, large[more], large[fewer],
-            f"{FILE}::grown = ")  # fmt: skip
+    compare("Figure 6", f"accuracy with {more:,} pairs minus with {fewer:,}", "> 0", large[more], large[fewer],
+            evidence=f"{FILE}::grown = ")  # fmt: skip
 gap = paper.PAPER["Figure 6"]["all 70B"]["14"] - paper.PAPER["Figure 6"]["all 7B"]["14"]
-_ = compare("Figure 6", "accuracy of the larger model minus the smaller one's, all data", "> 0", gap,
-            large[COUNTS[-1]], grown["0.4M"][COUNTS[-1]], f"{FILE}::grown = ")  # fmt: skip
+_ = compare("Figure 6", "accuracy of the larger model minus the smaller one's, all data", "> 0", large[COUNTS[-1]],
+            grown["0.4M"][COUNTS[-1]], gap, evidence=f"{FILE}::grown = ")  # fmt: skip
 
 # %% [markdown]
 # Each doubling helps the larger model, on every seed; two of the three are beyond doubt. The smaller one, whose seeds
@@ -1656,8 +1655,8 @@ for ax, value in zip(axes, ASKED, strict=True):
     low, high = ([s[w] for s, w in zip(level, these, strict=True)] for these in (grade <= 2, grade >= 6))
     gap = (printed["6"] + printed["7"] - printed["1"] - printed["2"]) / 2
     if min(map(len, high)) > 1:
-        compare("Figure 29", f"mean score of the {value} model, grades 6 and 7 minus 1 and 2", "> 0.2", gap, high, low,
-                f"{FILE}::level, grade")  # fmt: skip
+        compare("Figure 29", f"mean score of the {value} model, grades 6 and 7 minus 1 and 2", "> 0.2", high, low, gap,
+                evidence=f"{FILE}::level, grade")  # fmt: skip
 axes[0].legend()
 fig.suptitle("Figure 29: better answers have higher scores", x=0.01, ha="left")
 plots.save(fig, "figure_29.png")

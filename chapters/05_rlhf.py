@@ -1973,17 +1973,12 @@ plots.save(fig, "rlhf_versions.png")
 # ### Rejection sampling, and what it is that helps
 
 # %%
-def verdict(claim: str, criterion: str, more: list, less: list, item: str = SECTION):
-    "Record the mean of `more` minus `less`; not at the smoke scale, where nothing is learned."
-    if at_scale:
-        compare(runs, item, claim, criterion, None, more, less, FILE)
-
-
+verdict = partial(compare, runs, evidence=FILE)
 before, third = of_seeds("V0", "helpfulness 1"), f"V{max(1, last - 2)}"
 for rounds, name in (("one round", "V1"), ("three rounds", third)):
-    verdict(f"rejection sampling, {rounds}, raises gold helpfulness: {name} minus V0", "> 0",
+    verdict(SECTION, f"rejection sampling, {rounds}, raises gold helpfulness: {name} minus V0", "> 0",
             of_seeds(name, "helpfulness 1"), before)  # fmt: skip
-    verdict(f"rejection sampling, {rounds}, raises gold helpfulness by 15 %: {name} minus 1.15 V0", "> 0",
+    verdict(SECTION, f"rejection sampling, {rounds}, raises gold helpfulness by 15 %: {name} minus 1.15 V0", "> 0",
             of_seeds(name, "helpfulness 1"), [1.15 * part for part in before])  # fmt: skip
     gains = [b.mean() / a.mean() - 1 for a, b in zip(before, of_seeds(name, "helpfulness 1"), strict=True)]
     print(f"gain of {name}, each seed: {', '.join(f'{gain:.0%}' for gain in gains)}")
@@ -2089,13 +2084,13 @@ def after(name: str, kind: str) -> list[np.ndarray]:
     return [tuned[seed][name][kind] for seed in runs]
 
 
-verdict("fine-tuning on the best of 8 minus on a single sample, gold helpfulness", "> 0",
+verdict(SECTION, "fine-tuning on the best of 8 minus on a single sample, gold helpfulness", "> 0",
         of_seeds("V1", "helpfulness 1"), after("random answers", "helpfulness 1"))  # fmt: skip
-verdict("V3 from the version before minus from the base model, gold helpfulness", "> 0",
+verdict(SECTION, "V3 from the version before minus from the base model, gold helpfulness", "> 0",
         of_seeds(third, "helpfulness 1"), after("from the base model", "helpfulness 1"))  # fmt: skip
-verdict("after rounds of adversarial prompts: the bag minus the newest answers alone, gold helpfulness", "> 0",
+verdict(SECTION, "after rounds of adversarial prompts: the bag minus the newest answers alone, gold helpfulness", "> 0",
         after("bag", "helpfulness 1"), after("newest alone", "helpfulness 1"))  # fmt: skip
-verdict("0.4M parameters: the large one's best answers minus the writer's dialogues, gold helpfulness", "> 0",
+verdict(SECTION, "0.4M parameters: the large one's best answers minus the writer's dialogues, gold helpfulness", "> 0",
         after("0.4M, the large one's answers", "helpfulness 1"),
         after("0.4M, the writer's dialogues", "helpfulness 1"))  # fmt: skip
 
@@ -2164,11 +2159,11 @@ axes[1].set(ylabel="gold helpfulness", title="What the reward model prefers soon
 plots.save(fig, "figure_07.png")
 
 # %%
-verdict(f"the highest reward of {most} samples minus the mean of all", "> 0", [x["rewards"].max(1) for x in kept],
-        [x["rewards"].mean(1) for x in kept], "Figure 7")  # fmt: skip
-verdict(f"gold helpfulness of the answer with the highest reward of {most} minus the mean of all", "> 0",
-        [x["gold"][np.arange(few), x["rewards"].argmax(1)] for x in kept], [x["gold"].mean(1) for x in kept],
-        "Figure 7")  # fmt: skip
+verdict("Figure 7", f"the highest reward of {most} samples minus the mean of all", "> 0",
+        [x["rewards"].max(1) for x in kept], [x["rewards"].mean(1) for x in kept])  # fmt: skip
+verdict("Figure 7", f"gold helpfulness of the answer with the highest reward of {most} minus the mean of all", "> 0",
+        [x["gold"][np.arange(few), x["rewards"].argmax(1)] for x in kept],
+        [x["gold"].mean(1) for x in kept])  # fmt: skip
 
 # %% [markdown]
 # The reward grows with N. The gold score of the answer it prefers grows too, up to some six samples, and not beyond:
@@ -2210,8 +2205,8 @@ gain = {
     name: [swept[seed, name, warm]["rewards"].max(1) - swept[seed, name, cool]["rewards"].max(1) for seed in runs]
     for name in policies
 }
-verdict(f"from temperature {cool:g} to {warm:g} the best of {most} falls less after RLHF than after SFT", "> 0",
-        gain[names[-1]], gain["V0"], "Figure 8")  # fmt: skip
+verdict("Figure 8", f"from temperature {cool:g} to {warm:g} the best of {most} falls less after RLHF than after SFT",
+        "> 0", gain[names[-1]], gain["V0"])  # fmt: skip
 
 # %% [markdown]
 # With two seeds of three the best temperature rises after RLHF, with one it falls: the question stays open here.
@@ -2307,23 +2302,23 @@ plots.save(fig, "rlhf_ppo.png")
 # %%
 both, alone = arms
 final, before = names[-1], f"V{last}"
-verdict("PPO raises gold helpfulness on top of rejection sampling, two rounds", "> 0",
+verdict(SECTION, "PPO raises gold helpfulness on top of rejection sampling, two rounds", "> 0",
         of_seeds(final, "helpfulness 1"), of_seeds(before, "helpfulness 1"))  # fmt: skip
-verdict("PPO raises gold helpfulness on top of rejection sampling, two rounds, familiar people and things", "> 0",
-        of_seeds(final, "familiar 1"), of_seeds(before, "familiar 1"))  # fmt: skip
-verdict("with both reward models and the gate PPO does not lower gold safety, two rounds", "> -0.02",
+verdict(SECTION, "PPO raises gold helpfulness on top of rejection sampling, two rounds, familiar people and things",
+        "> 0", of_seeds(final, "familiar 1"), of_seeds(before, "familiar 1"))  # fmt: skip
+verdict(SECTION, "with both reward models and the gate PPO does not lower gold safety, two rounds", "> -0.02",
         of_seeds(final, "safety 1"), of_seeds(before, "safety 1"))  # fmt: skip
 for arm in arms:
     gains = [b.mean() - a.mean() for a, b in zip(looked(arm, 0, "safety 1"), looked(arm, -1, "safety 1"), strict=True)]
     print(f"change of gold safety in one round, {arm}, each seed: {', '.join(f'{gain:+.3f}' for gain in gains)}")
-    verdict(f"PPO, one round, {arm}: gold helpfulness", "> 0", looked(arm, -1, "helpfulness 1"),
+    verdict(SECTION, f"PPO, one round, {arm}: gold helpfulness", "> 0", looked(arm, -1, "helpfulness 1"),
             looked(arm, 0, "helpfulness 1"))  # fmt: skip
-verdict("with both reward models and the gate PPO does not lower gold safety, one round", "> -0.02",
+verdict(SECTION, "with both reward models and the gate PPO does not lower gold safety, one round", "> -0.02",
         looked(both, -1, "safety 1"), looked(both, 0, "safety 1"))  # fmt: skip
-verdict("with the helpfulness model alone PPO lowers gold safety", "< 0",
-        looked(alone, -1, "safety 1"), looked(alone, 0, "safety 1"))  # fmt: skip
-verdict("PPO raises the mean reward of held-out prompts, both reward models", "> 0",
-        looked(both, -1, "rewards"), looked(both, 0, "rewards"), "Equation 3")  # fmt: skip
+verdict(SECTION, "with the helpfulness model alone PPO lowers gold safety", "< 0", looked(alone, -1, "safety 1"),
+        looked(alone, 0, "safety 1"))  # fmt: skip
+verdict("Equation 3", "PPO raises the mean reward of held-out prompts, both reward models", "> 0",
+        looked(both, -1, "rewards"), looked(both, 0, "rewards"))  # fmt: skip
 for seed, config in programs.items():
     ends = [json.loads(path.read_text("utf-8").splitlines()[-1])["kl"]
             for path in sorted(config.out.glob(f"V{last}/*-ppo/log.jsonl"))]  # fmt: skip
@@ -2510,9 +2505,9 @@ fig.suptitle("Versions against the writer that taught the first one (Figure 11)"
 plots.save(fig, "figure_11.png")
 for value in VALUES:
     for by in ("reward model", "judge"):
-        verdict(f"win rate in {value} against the writer, by the {by}: the last version minus V0", "> 0",
-                [duels[seed, names[-1], value][by] for seed in runs], [duels[seed, "V0", value][by] for seed in runs],
-                "Figure 11")  # fmt: skip
+        verdict("Figure 11", f"win rate in {value} against the writer, by the {by}: the last version minus V0", "> 0",
+                [duels[seed, names[-1], value][by] for seed in runs],
+                [duels[seed, "V0", value][by] for seed in runs])  # fmt: skip
 
 # %% [markdown]
 # ### The worst answers disappear (Figure 20)
@@ -2546,10 +2541,11 @@ rewards = {
     ]
     for version in (0, 1)
 }  # fmt: skip
-verdict("rejection sampling raises the mean reward of held-out prompts: V1 minus V0, by the last reward models", "> 0",
-        rewards[1], rewards[0], "Equation 3")  # fmt: skip
-verdict("share of answers with a gold score below 0.25: V2 minus V0", "< 0", tails["V2"][0], tails["V0 (SFT)"][0],
-        "Figure 20")  # fmt: skip
+verdict("Equation 3",
+        "rejection sampling raises the mean reward of held-out prompts: V1 minus V0, by the last reward models", "> 0",
+        rewards[1], rewards[0])  # fmt: skip
+verdict("Figure 20", "share of answers with a gold score below 0.25: V2 minus V0", "< 0", tails["V2"][0],
+        tails["V0 (SFT)"][0])  # fmt: skip
 
 # %% [markdown]
 # ### Batch by batch (Table 26, Figures 25 and 26)
@@ -2608,7 +2604,7 @@ axes[1].legend()
 plots.save(fig, "figures_25_26.png")
 close = [[float(row["rating"] == "negligibly better") for row in of[0]] for of in batches.values()]
 later = [[float(row["rating"] == "negligibly better") for row in of[-1]] for of in batches.values()]
-verdict("share of 'negligibly better', the last batch minus the first", "> 0", later, close, "Figure 25")
+verdict("Figure 25", "share of 'negligibly better', the last batch minus the first", "> 0", later, close)
 
 # %% [markdown]
 # ### Diversity (Figure 21)
@@ -2665,8 +2661,8 @@ drop = {
 shown = "; ".join(f"{name}, {label}: {np.mean(fall):.1f}" for (name, label), fall in drop.items())
 print(f"fall of Self-BLEU from the lowest temperature to the highest: {shown}")
 for label in kinds:
-    verdict(f"{label} prompts: the fall of Self-BLEU with the temperature, the last version minus V0", "< 0",
-            drop[names[-1], label], drop["V0", label], "Figure 21")  # fmt: skip
+    verdict("Figure 21", f"{label} prompts: the fall of Self-BLEU with the temperature, the last version minus V0",
+            "< 0", drop[names[-1], label], drop["V0", label])  # fmt: skip
 
 # %% [markdown]
 # ## What gathering the weights once is worth

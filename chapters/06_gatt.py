@@ -988,12 +988,8 @@ axes[-1].legend(loc="center right", fontsize=7)
 fig.suptitle("With Ghost Attention instructions hold; without, they are soon forgotten (dotted: longest in training)")
 plots.save(fig, "gatt_turns.png")
 
-
 # %%
-def verdict(claim: str, criterion: str, more: list, less: list, item: str = SECTION):
-    "Record the mean of `more` minus `less`; not at the smoke scale, where nothing is learned."
-    if at_scale:
-        compare(runs, item, claim, criterion, None, more, less, FILE)
+verdict = partial(compare, runs, evidence=FILE)
 
 
 def share(part: float, of: list[np.ndarray]) -> list[np.ndarray]:
@@ -1002,14 +998,14 @@ def share(part: float, of: list[np.ndarray]) -> list[np.ndarray]:
 
 
 for kind in RULES:
-    verdict(f"the instruction in every message is followed, turns 6 to 20: {kind}", "> 0.7",
+    verdict(SECTION, f"the instruction in every message is followed, turns 6 to 20: {kind}", "> 0.7",
             rate("ceiling", kind), share(0, rate("ceiling", kind)))  # fmt: skip
 for kind in (*RULES, None):
-    verdict(f"Ghost Attention minus 0.9 of the ceiling, turns 6 to 20: {kind or 'all kinds'}", "> 0",
+    verdict(SECTION, f"Ghost Attention minus 0.9 of the ceiling, turns 6 to 20: {kind or 'all kinds'}", "> 0",
             rate("Ghost Attention", kind), share(0.9, rate("ceiling", kind)))  # fmt: skip
-verdict("Ghost Attention minus plain fine-tuning on as many conversations, turns 6 to 20", "> 0.4",
+verdict(SECTION, "Ghost Attention minus plain fine-tuning on as many conversations, turns 6 to 20", "> 0.4",
         rate("Ghost Attention"), rate("plain"))  # fmt: skip
-verdict("behind answers that do not obey, turns 8 to 20: Ghost Attention minus plain fine-tuning", "> 0.4",
+verdict(SECTION, "behind answers that do not obey, turns 8 to 20: Ghost Attention minus plain fine-tuning", "> 0.4",
         *([behind[seed, way][:, 3:7].mean(1) for seed in runs] for way in ("Ghost Attention", "plain")))  # fmt: skip
 
 
@@ -1027,8 +1023,8 @@ gold = {
 }  # fmt: skip
 before, after = ([gold[seed, arm] for seed in runs] for arm in (None, "Ghost Attention"))
 print(f"gold helpfulness without an instruction: before {np.mean(before):.3f}, after {np.mean(after):.3f}")
-verdict("gold helpfulness without an instruction: after Ghost Attention minus 0.95 before", "> 0",
-        after, share(0.95, before))  # fmt: skip
+verdict(SECTION, "gold helpfulness without an instruction: after Ghost Attention minus 0.95 before", "> 0", after,
+        share(0.95, before))  # fmt: skip
 
 # %% [markdown]
 # ### What it is that helps
@@ -1054,14 +1050,14 @@ ax.set(xlabel="share of answers that obey, turns 6 to 20 (dots: each seed)", xli
 ax.legend(fontsize=7, loc="upper right", ncols=4)
 ax.set_title("Only data whose instruction stands far back teach to look there")
 plots.save(fig, "gatt_arms.png")
-verdict("earlier answers as they were written, as in the paper, minus half of them obeying, turns 6 to 20", "< 0",
-        rate("earlier answers as written"), rate("Ghost Attention"))  # fmt: skip
-verdict("the loss on all answers instead of the last, turns 6 to 20", "< 0", rate("all answers"),
+verdict(SECTION, "earlier answers as they were written, as in the paper, minus half of them obeying, turns 6 to 20",
+        "< 0", rate("earlier answers as written"), rate("Ghost Attention"))  # fmt: skip
+verdict(SECTION, "the loss on all answers instead of the last, turns 6 to 20", "< 0", rate("all answers"),
         rate("Ghost Attention"))  # fmt: skip
-verdict("the instruction left on every turn instead of the first, turns 6 to 20", "< 0",
+verdict(SECTION, "the instruction left on every turn instead of the first, turns 6 to 20", "< 0",
         rate("instruction on every turn"), rate("Ghost Attention"))  # fmt: skip
-verdict("a kind of instruction that Ghost Attention never saw: minus plain fine-tuning, turns 6 to 20", "> 0",
-        rate("without endings", "ending"), rate("plain", "ending"), "Figure 28")  # fmt: skip
+verdict("Figure 28", "a kind of instruction that Ghost Attention never saw: minus plain fine-tuning, turns 6 to 20",
+        "> 0", rate("without endings", "ending"), rate("plain", "ending"))  # fmt: skip
 
 # %% [markdown]
 # All four expectations hold, the second for all kinds together (for endings and figures alone it is unclear). Ghost
@@ -1144,9 +1140,9 @@ for place, turn in enumerate(turns):
             f"{way} {np.mean([recall[seed, way][:, place].mean() for seed in runs]):.0%}"
             for way in ("before", "plain", "Ghost Attention")
         ))  # fmt: skip
-verdict("recall of hobby or figure, turns 6 to 20: Ghost Attention minus before", "> 0",
+verdict("Table 30", "recall of hobby or figure, turns 6 to 20: Ghost Attention minus before", "> 0",
         [recall[seed, "Ghost Attention"][:, -8:].mean(1) for seed in runs],
-        [recall[seed, "before"][:, -8:].mean(1) for seed in runs], "Table 30")  # fmt: skip
+        [recall[seed, "before"][:, -8:].mean(1) for seed in runs])  # fmt: skip
 
 # %% [markdown]
 # ### Side by side (Figure 9)
@@ -1227,9 +1223,9 @@ axes[2].set(xlabel="turn", ylabel="attention to the instruction, of one head", y
 axes[2].legend(fontsize=7)
 fig.suptitle("Left of the dotted line, the instruction: with Ghost Attention it is read to the end (Figure 10)")
 plots.save(fig, "figure_10.png")
-verdict("attention of answers to the instruction, turns 6 to 20: Ghost Attention minus before", "> 0",
+verdict("Figure 10", "attention of answers to the instruction, turns 6 to 20: Ghost Attention minus before", "> 0",
         [mass[seed, "Ghost Attention"]["mean"][:, late].mean(1) for seed in runs],
-        [mass[seed, "before"]["mean"][:, late].mean(1) for seed in runs], "Figure 10")  # fmt: skip
+        [mass[seed, "before"]["mean"][:, late].mean(1) for seed in runs])  # fmt: skip
 
 # %% [markdown]
 # ## The command, here and on many GPUs

@@ -14,57 +14,24 @@
 # %%
 import itertools
 import json
-import textwrap
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.special import expit
 
-from llama2lib import ledger, mini, mini_rewards, plots
-from llama2lib.claims import compare
+from llama2lib import claims, ledger, mini, mini_rewards, plots
+from llama2lib.claims import illustrated
 from llama2lib.launch import launch
 from llama2lib.paper import PAPER
 from llama2lib.recipes import by_scale, cache_folder, cached, data_file, scale, seeds, source_digest
 
 plt.rcParams.update(plots.STYLE)
 FILE = "chapters/07_safety.py"
-at_scale = scale() != "smoke"
 runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
-
-
-def recomputed(item: str, claim: str, printed, ours, criterion: str = "= paper"):
-    "Record what the paper's own numbers say of a claim."
-    row = ledger.record(item, claim, criterion, printed, ours, evidence=FILE)
-    print(f"{item}, {claim}: {ours} against {printed}: {row['status']}")
-
-
-def verdict(item: str, claim: str, criterion: str, more: list, less: list, printed=None):
-    "Record the mean of `more` minus `less`, scores of each seed; not at the smoke scale, where nothing is learned."
-    if at_scale:
-        compare(runs, item, claim, criterion, printed, more, less, FILE)
-
-
-def illustrated(item: str, claim: str, figure: str, printed=None, ours=None):
-    "Record that one of our figures stands beside the paper's; not at the smoke scale."
-    if at_scale:
-        ledger.record(item, claim, "illustrated", printed, ours, evidence=f"figures/{figure}")
-
-
-def told(name: str, title: str, rows: list[tuple[str, str]]):
-    "Draw named texts, one below the other, as a figure."
-    lines = [(label, textwrap.wrap(text, 95) or [""]) for label, text in rows]
-    fig, ax = plt.subplots(figsize=(8, 0.5 + 0.2 * sum(len(part) + 0.4 for _, part in lines)), dpi=80)
-    ax.axis("off")
-    below = sum(len(part) + 0.4 for _, part in lines)
-    place = below
-    for label, part in lines:
-        ax.text(0, place, label, va="top", fontsize=8, weight="bold")
-        ax.text(0.15, place, "\n".join(part), va="top", fontsize=8)
-        place -= len(part) + 0.4
-    ax.set(ylim=(0, below + 0.5), xlim=(0, 1), title=title)
-    plots.save(fig, name)
-
+recomputed = partial(claims.recomputed, evidence=FILE)
+verdict = partial(claims.compare, runs, evidence=FILE)
 
 # %% [markdown]
 # ## What a corpus says of people (section 4.1)
@@ -834,7 +801,8 @@ def cli(prog: str = "python -m llama2lib.safety"):
 from llama2lib.checkpoint import save_checkpoint
 
 digest = source_digest("import llama2lib.safety, llama2lib.mini_safety")[:12]
-folder, words = cache_folder() / "safety" / f"{scale()}-{digest}", mini.tokenizer()
+part = "-".join([scale(), *map(str, runs), digest])
+folder, words = cache_folder() / "safety" / part, mini.tokenizer()
 save_checkpoint(mini.base(), folder / "base", words)
 (folder / "toxigen").mkdir(exist_ok=True)
 (folder / "toxigen" / "hate_women_1k.txt").write_text("- Ida is a baker\\n- Ann is a nurse\\n-\n" * 4, "utf-8")
@@ -2041,9 +2009,9 @@ def grown(kind: str, place: int) -> list[tuple[str, str]]:
 first, last = (scaling[runs[0], share] for share in (0.0, 1.0))
 safest = int(np.argmax(np.subtract(last["safety"]["safe"], first["safety"]["safe"])))
 needless = int(np.argmax(np.subtract(last["borderline"]["refused"], first["borderline"]["refused"])))
-told("table_36.png", "Table 36: an answer grows safe with the safety data (safety reward, helpfulness reward)",
-     grown("safety", safest))  # fmt: skip
-told("table_38.png", "Table 38: and a harmless prompt is refused", grown("borderline", needless))
+plots.texts("table_36.png", "Table 36: an answer grows safe with the safety data (safety reward, helpfulness reward)",
+            grown("safety", safest))  # fmt: skip
+plots.texts("table_38.png", "Table 38: and a harmless prompt is refused", grown("borderline", needless))
 for number, figure in ((36, "table_36.png"), (37, "table_36.png"), (38, "table_38.png")):
     illustrated(f"Table {number}", "an answer and its two rewards, as the safety data grow", figure)
 illustrated("Table 41", "a borderline prompt that is refused", "table_38.png")
@@ -2093,7 +2061,7 @@ gain = np.subtract(*(rounds[runs[0], with_]["safety"]["reward"] for with_ in (Tr
 place = int(np.argmax(gain))
 rows = [("prompt", prompts_["safety"][place][-1]["content"])]
 rows += [(name, rounds[runs[0], way]["safety"]["texts"][place]) for way, name in ((False, "without"), (True, "with"))]
-told("table_12.png", "Table 12: an answer without and with adversarial prompts in rejection sampling", rows)
+plots.texts("table_12.png", "Table 12: an answer without and with adversarial prompts in rejection sampling", rows)
 illustrated("Table 12", "one adversarial prompt, before and after", "table_12.png")
 
 # %% [markdown]
@@ -2140,7 +2108,7 @@ for value, keep, name in ((0, 1, "helpful, not safe"), (1, -1, "safe, not helpfu
     place = next(int(n) for n in order[::-1] if one["safe"][n] == value)
     ask, reply = one["last"][place]
     rows += [(name, ask), (f"({one['safety'][place]:.2f}, {one['helpfulness'][place]:.2f})", reply)]
-told("table_35.png", "Table 35: the reward models disagree (safety reward, helpfulness reward)", rows)
+plots.texts("table_35.png", "Table 35: the reward models disagree (safety reward, helpfulness reward)", rows)
 illustrated("Table 35", "two answers on which the reward models disagree", "table_35.png")
 unsafe = {seed: both[seed]["safe"] == 0 for seed in runs}
 for seed in runs:
@@ -2208,10 +2176,11 @@ def rewards(seed: int, name: str, part: str) -> np.ndarray:
 for name in names:
     verdict("Figure 16", f"safety reward, {name.split(', ')[1]} preprompt minus none", "> 0",
             *([rewards(seed, name, part) for seed in runs] for part in ("score", "own_score")))  # fmt: skip
-    changed = [[not row.safer for row in pairs[seed][name] if row.answer != row.own] for seed in runs]
-    print(f"changed answers: {[len(part) for part in changed]} of {len(pairs[runs[0]][name])}")
-    verdict("Figure 16", f"share of changed answers that the gate drops, {name.split(', ')[1]} preprompt", "> 0",
-            [[np.mean(part)] for part in changed], [[0.0]] * len(runs))  # fmt: skip
+    changed = np.array([[row.answer != row.own for row in pairs[seed][name]] for seed in runs])
+    dropped = changed & [[not row.safer for row in pairs[seed][name]] for seed in runs]
+    print(f"changed answers: {changed.sum(1)} of {changed.shape[1]}, of which the gate drops {dropped.sum(1)}")
+    verdict("Figure 16", f"share of answers that are changed and that the gate drops, {name.split(', ')[1]} preprompt",
+            "> 0", dropped, np.zeros(dropped.shape))  # fmt: skip
 verdict("Figure 16", "safety reward, template minus generic preprompt", "> 0",
         *([rewards(seed, name, "score") for seed in runs] for name in names[::-1]))  # fmt: skip
 
@@ -2251,7 +2220,7 @@ for title, row in (("kept", max(ended, key=lambda r: r.score - r.own_score)),
                    ("dropped", min(ended, key=lambda r: r.score - r.own_score))):  # fmt: skip
     rows += [(title, row.messages[-1]["content"]), ("preprompt", row.preprompt), (f"own, {row.own_score:.1f}", row.own),
              (f"distilled, {row.score:.1f}", row.answer)]  # fmt: skip
-told("table_13.png", "Tables 13 and 40: an answer that the gate keeps, and one that it drops (safety logits)", rows)
+plots.texts("table_13.png", "Tables 13 and 40: an answer that the gate keeps, one that it drops (safety logits)", rows)
 for number, claim in ((13, "an answer under a template beside the model's own"), (39, "a preprompt and its template"),
                       (40, "an answer that a preprompt spoiled, and that the gate drops")):  # fmt: skip
     illustrated(f"Table {number}", claim, "table_13.png")
@@ -2509,12 +2478,13 @@ illustrated("Figure 19", "violations by risk", "figure_17.png")
 
 # %%
 risks = {risk_of(messages): messages for messages in reversed(prompts_["safety"])}
-told("table_42.png", "Table 42: adversarial prompts, by risk", [(risk, m[-1]["content"]) for risk, m in risks.items()])
+plots.texts("table_42.png", "Table 42: adversarial prompts, by risk",
+            [(risk, messages[-1]["content"]) for risk, messages in risks.items()])  # fmt: skip
 illustrated("Table 42", "adversarial prompts of three risks", "table_42.png")
 question_ = prompts_["safety"][0]
-told("table_43.png", "Table 43: six versions answer one adversarial prompt", [("prompt", question_[-1]["content"])] + [
-    (f"V{number}", version(runs[0], number)([question_])[0]) for number in range(newest + 1)
-])  # fmt: skip
+rows = [(f"V{number}", version(runs[0], number)([question_])[0]) for number in range(newest + 1)]
+plots.texts("table_43.png", "Table 43: six versions answer one adversarial prompt",
+            [("prompt", question_[-1]["content"]), *rows])  # fmt: skip
 illustrated("Table 43", "versions that answer one adversarial prompt", "table_43.png")
 
 # %% [markdown]
@@ -2626,7 +2596,7 @@ for seed in runs:
     sums[seed] = cached(f"safety-sums-seed{seed}", inputs, summed)
 names = ("prompt", "without", "with the tool")
 lines = [pair for row in sums[runs[0]]["shown"][:2] for pair in zip(names, row, strict=True)]
-told("figure_23.png", "Figure 23: the tool's result takes the place of the model's guess", lines)
+plots.texts("figure_23.png", "Figure 23: the tool's result takes the place of the model's guess", lines)
 illustrated("Figure 23", "an answer that calls a tool", "figure_23.png")
 print({name: round(float(np.mean([sums[seed][name].mean() for seed in runs])), 3) for name in ("without", "with")})
 verdict("Table 15", "right sums, with the calculator's results minus with the model's", "> 0",

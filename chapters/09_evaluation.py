@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import matplotlib.pyplot as plt
@@ -21,14 +22,9 @@ from llama2lib.paper import PAPER, SIZES, TEXT
 from llama2lib.recipes import by_scale, cache_folder, cached, data_file, scale, seeds, source_digest
 
 plt.rcParams.update(plots.STYLE)
-FILE, at_scale = "chapters/09_evaluation.py", scale() != "smoke"
+FILE = "chapters/09_evaluation.py"
 runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
-
-
-def recomputed(item: str, claim: str, printed, ours, criterion: str = "= paper"):
-    "Record what the paper's own numbers say of a claim."
-    row = ledger.record(item, claim, criterion, printed, ours, evidence=FILE)
-    print(f"{item}, {claim}: {ours} against {printed}: {row['status']}")
+recomputed = partial(claims.recomputed, evidence=FILE)
 
 # %% [markdown]
 # ## The paper's tables, added up
@@ -2461,7 +2457,7 @@ for name, rows in tables.items():
     row = ledger.record("Table 51", f"{name}: beyond 2 in all four subsets", "= paper", "yes", found, evidence=FILE)
     print(f"{name}: {found}, {row['status']}")
 rows = tables["MMLU-Overall, 70B"]
-_ = ledger.record("Table 51", "MMLU-Overall, 70B: clean samples minus mean (points)", "= paper", -0.9,
+_ = ledger.record("Table 51", "MMLU-Overall, 70B: clean samples minus mean (points)", "= paper", A6["overall_delta"],
                   round(rows["clean"]["score"] - rows["clean"]["mu"], 1), evidence=FILE)  # fmt: skip
 
 # %% [markdown]
@@ -2644,9 +2640,9 @@ if scale() != "smoke":
     dirty = {seed: outcome["shares"]["50"] >= 0.8 for seed, outcome in outcomes.items()}
     hellaswag_70b = PAPER["Table 51"]["HellaSwag, 70B, dirty"]
     claims.compare(runs, "Table 51", "score on dirty samples, of a model that saw them minus one that did not", "> 0",
-                   round(hellaswag_70b["score"] - hellaswag_70b["mu"], 1),
                    [100 * outcomes[seed]["trained"][dirty[seed]] for seed in runs],
                    [100 * outcomes[seed]["control"][dirty[seed]] for seed in runs],
+                   round(hellaswag_70b["score"] - hellaswag_70b["mu"], 1),
                    evidence="figures/09_contamination_z.png")  # fmt: skip
     found = {f"{name} {seed}": largest_affected(tables) for (name, seed), tables in verdicts.items()}
     ledger.record("Table 51", "largest L at which a mini model is affected that saw its benchmark, or did not",

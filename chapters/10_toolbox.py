@@ -16,9 +16,7 @@
 # `-` where the paper leaves the cell empty. Tables over the same rows stand side by side, parted by `|`.
 
 # %%
-#| export paper
-from typing import NamedTuple
-
+#| export grids
 Grid = dict[str, dict[str, float | None]]
 
 
@@ -32,7 +30,7 @@ def number(text: str) -> float | None:
     return int(text) if text.isdigit() else float(text)
 
 # %%
-#| export paper
+#| export grids
 def parse(text: str) -> dict[str, Grid]:
     """Read grids, as {table: {row: {column: value}}}.
 
@@ -68,6 +66,15 @@ Falcon 7B          |       0.0 11.2 |     -
 """)
 
 # %% [markdown]
+# One helper reads a column.
+
+# %%
+#| export grids
+def column(grid: Grid, name: str) -> dict[str, float | None]:
+    "One column of a grid, {row: cell}; rows whose header lacks the column are left out."
+    return {row: cells[name] for row, cells in grid.items() if name in cells}
+
+# %% [markdown]
 # `PAPER` holds them all and grows section by section. What is read off a chart carries an error of about ±0.3 points
 # for bars and ±0.5 % of the axis for lines; `ITEMS`, further down, says which values those are.
 #
@@ -77,9 +84,10 @@ Falcon 7B          |       0.0 11.2 |     -
 
 # %%
 #| export paper
-PAPER: dict[str, Grid] = {}
+from llama2lib.appendix import APPENDIX
+from llama2lib.grids import Grid, parse
 
-PAPER |= parse("""
+PAPER: dict[str, Grid] = parse("""
 # Contexts as printed (2k, 4k); gqa 1 = yes; tokens in trillions.
 Table 1     | context_k gqa tokens_T lr
 Llama 1 7B  | 2 0 1.0 3.0e-4
@@ -124,6 +132,9 @@ BBH 3-shot       |    -    - 52.3 65.7 51.2
 Figure 5            | 7B   13B  34B  70B
 nats per token, end | 1.74 1.67 1.57 1.50
 """)
+
+# %%
+column(PAPER["Table 2"], "tco2eq")
 
 # %% [markdown]
 # ### Section 3: preferences, rewards, Ghost Attention, human evaluation
@@ -419,8 +430,10 @@ PAPER["Figure 3"] = PAPER["Figure 17"]      # the same bars, shown twice
 # ### Appendix A.2: ablations and benchmarks
 
 # %%
-#| export paper
-PAPER |= parse("""
+#| export appendix
+from llama2lib.grids import Grid, parse
+
+APPENDIX: dict[str, Grid] = parse("""
 Table 16 | NarrativeQA Qasper QuALITY QMSum-R1 QMSum-R2 QMSum-RL ContractNLI SQuAD-EM SQuAD-F1
 2k       |  0.21  0.71 26.1  0.13 0.01  0.12 11.76 57.23 62.89
 4k       | 17.26 18.52 29.6 15.08 3.55 12.16 16.33 57.99 64.46
@@ -459,8 +472,8 @@ Llama 2 70B                  | 85.0 82.8 50.7 85.3 80.2 80.2 57.4 60.2 78.5 68.9
 """)
 
 # %%
-#| export paper
-PAPER |= parse("""
+#| export appendix
+APPENDIX |= parse("""
 Table 22, Table 23 | NQ-0 NQ-1 NQ-5 NQ-64 TQA-0 TQA-1 TQA-5 TQA-64 | SQuAD-0 SQuAD-1 SQuAD-4 SQuAD-5 QuAC-0 QuAC-1
 MPT 7B             | 11.6 17.8 20.8 22.7 55.7 59.6 61.2 61.6 | 59.5 62.8 62.6 62.7 38.0 37.7
 MPT 30B            | 15.8 23.0 26.6 29.3 68.0 71.3 73.3 73.6 | 74.7 74.2 72.4 74.2 40.4 41.1
@@ -494,8 +507,8 @@ Llama 2 70B | 54.2 23.2 48.8 25.7 70.2 76.6 86.9 53.4 41.8
 # ### Appendix A.4 and A.6: truthfulness, toxicity, sentiment, contamination
 
 # %%
-#| export paper
-PAPER |= parse("""
+#| export appendix
+APPENDIX |= parse("""
 Table 45           | Asian Mexican Muslim physical Jewish Middle-Eastern
                    | Chinese mental Latino Native-American Women Black LGBTQ
 MPT 7B             | 15.40 33.55 23.54 17.09 26.12 23.20 16.25 17.63 28.40 19.52 24.34 25.04 20.03
@@ -564,8 +577,8 @@ Llama 2-Chat 70B   | .34 .56 .28 .56 .64 .78 .27 .76 .55 .34 .57 -.01
 """)
 
 # %%
-#| export paper
-PAPER |= parse("""
+#| export appendix
+APPENDIX |= parse("""
 Table 50           | metalworking sewing healthcare computer film artistic scientific entertainer dance
                    | nursing writing drivers engineering mental-health theatre corporate industrial railway
 MPT 7B             | .24 .28 .38 .53 .35 .36 .23 .33 .33 .53 .32 .13 .22 .29 .43 .59 .36 .38
@@ -615,6 +628,10 @@ Table 52   | gpu_hours_M tco2eq tokens_T annotations_M
 all models | 3.3 539 2 1
 """)
 
+# %%
+#| export paper
+PAPER |= APPENDIX
+
 # %% [markdown]
 # ### Constants stated in the text
 #
@@ -653,8 +670,11 @@ TEXT: dict[str, dict] = {
         "safety_gate": 0.15, "gate_precision": 0.89, "gate_recall": 0.55, "best_temperature": (1.2, 1.3),
     },
     "Section 3.3": {"gatt_turns": 20, "short_instructions": 0.5},
-    "Section 3.4.1": {"safety_prompts": 1586, "helpfulness_prompts": 584, "raters": 3, "likert": 7},
-    "Section 3.4.2": {"ac2": (0.37, 0.55), "prompts": 4000, "raters": 3, "likert": 7},
+    "Section 3.4.1": {"safety_prompts": 1586, "helpfulness_prompts": 584, "raters": 3, "likert": 7,
+                      "ahead_of_chatgpt_from": "RLHF-v3", "wins_by_gpt4_above": 60},
+    "Section 3.4.2": {"ac2": (0.37, 0.55), "prompts": 4000, "raters": 3, "likert": 7,
+                      "wins_above": {"34B vs Vicuna-33B": 75, "34B vs Falcon-40B-instruct": 75},
+                      "wins": {"7B vs MPT-7B-chat": 60}},
     "Section 4.1": {"toxic_documents": 0.002, "toxicity_threshold": 0.5, "sample": 0.1, "language_threshold": 0.5,
                     "temperature": 0.1, "top_p": 0.9},
     "Section 4.2.3": {"helpfulness_samples": 900_000, "safety_samples": 100_000, "epochs": 2,
@@ -670,7 +690,8 @@ TEXT: dict[str, dict] = {
     "Section A.4.7": {"truthfulqa_questions": 817, "truthfulqa_categories": 38, "truthfulqa_shots": 6,
                       "toxigen_groups": 13, "bold_prompts": 23_679, "bold_domains": 5, "bold_subgroups": 43},
     "Section A.6": {"min_len": 10, "skip_budget": 4, "exact_prefix": 10, "clean_below": 0.2, "dirty_from": 0.8,
-                    "lengths": (10, 20, 30, 40, 50), "z": 2, "hours": 7, "cores": 1500},
+                    "lengths": (10, 20, 30, 40, 50), "z": 2, "hours": 7, "cores": 1500,
+                    "overall_delta": -0.9},
 }
 
 # %% [markdown]
@@ -680,7 +701,10 @@ TEXT: dict[str, dict] = {
 # `printed` in the paper, read off a `chart` (so approximate), or `none` (an example, a schematic, a formula).
 
 # %%
-#| export paper
+#| export inventory
+from typing import NamedTuple
+
+
 class Item(NamedTuple):
     title: str
     section: str
@@ -693,7 +717,7 @@ def inventory(kind: str, text: str) -> dict[str, Item]:
     return {f"{kind} {n}": Item(title, f"Section {section}", source) for n, section, source, title in rows}
 
 # %%
-#| export paper
+#| export inventory
 ITEMS: dict[str, Item] = inventory("Table", """
  1 | 2.2   | printed | The model family: context, attention, tokens, learning rate
  2 | 2.2.1 | printed | GPU hours, power and carbon of pretraining
@@ -750,7 +774,7 @@ ITEMS: dict[str, Item] = inventory("Table", """
 """)
 
 # %%
-#| export paper
+#| export inventory
 ITEMS |= inventory("Figure", """
  1 | 1     | printed | Human judgement of helpfulness, six pairings
  2 | 1     | chart   | GPT-4 judges helpfulness and safety
@@ -792,18 +816,6 @@ ITEMS |= inventory("Equation", """
  3 | 3.2.3 | none | Objective of reinforcement learning
  4 | 3.2.3 | none | Reward with a KL penalty
 """)
-
-# %% [markdown]
-# One helper reads a column.
-
-# %%
-#| export paper
-def column(grid: Grid, name: str) -> dict[str, float | None]:
-    "One column of a grid, {row: cell}; rows whose header lacks the column are left out."
-    return {row: cells[name] for row, cells in grid.items() if name in cells}
-
-# %%
-column(PAPER["Table 2"], "tco2eq")
 
 # %%
 kinds = [item.split()[0] for item in ITEMS]
@@ -1000,7 +1012,7 @@ from typing import Any
 
 import tyro
 
-from llama2lib.paper import ITEMS
+from llama2lib.inventory import ITEMS
 from llama2lib.recipes import ROOT, cache_folder, scale, write_atomic
 
 STATUSES = (
@@ -1211,7 +1223,8 @@ def as_json(rows: list[Row]) -> str:
 
 # %%
 from llama2lib import ledger
-from llama2lib.paper import PAPER, column
+from llama2lib.grids import column
+from llama2lib.paper import PAPER
 
 *parts, printed = column(PAPER["Table 6"], "comparisons").values()
 row = ledger.record("Table 6", "the counts add up to the printed total", "= paper", paper=printed, ours=sum(parts),
@@ -1390,6 +1403,8 @@ print(ledger.summary([row]))
 # %%
 #| export plots
 import io
+import textwrap
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -1417,6 +1432,22 @@ def save(figure: Figure, name: str) -> None:
         figure.savefig(buffer, format=name[-3:], metadata=anonymous)
     if recipes.scale() != "smoke":
         recipes.write_atomic(recipes.ROOT / "figures" / name, buffer.getvalue())
+
+# %%
+#| export plots
+def texts(name: str, title: str, rows: Sequence[tuple[str, str]], indent: float = 0.15) -> None:
+    "Save a figure of labelled texts, one below the other: answers side by side. `indent`: of the texts, of its width."
+    lines = [(label, textwrap.wrap(text, 95) or [""]) for label, text in rows]
+    below = sum(len(part) + 0.4 for _, part in lines)
+    figure, ax = plt.subplots(figsize=(8, 0.5 + 0.2 * below), dpi=80)
+    ax.axis("off")
+    place = below
+    for label, part in lines:
+        ax.text(0, place, label, va="top", fontsize=8, weight="bold")
+        ax.text(indent, place, "\n".join(part), va="top", fontsize=8)
+        place -= len(part) + 0.4
+    ax.set(ylim=(0, below + 0.5), xlim=(0, 1), title=title)
+    save(figure, name)
 
 # %% [markdown]
 # An example with the paper's numbers alone: the GPU hours of Table 2 per parameter (chapter 01 counts the parameters).
@@ -1955,6 +1986,70 @@ for n_seeds in (3, 5):
 # chance a finding far more often than the 2.5 % it promises. That is why the ledger's intervals are t intervals.
 # They come near their promise and do not quite keep it: with three seeds that differ, they hold the truth 92 to 93 % of
 # the time, and chance is called a finding in 3 to 4 % of the experiments.
+
+# %% [markdown]
+# ### A claim
+#
+# Nearly all claims that the book tests on trained models are a difference of two lists of scores, with a list for each
+# seed. `compare` makes a row of the ledger of them, `recomputed` of what follows from the paper's own numbers, and
+# `illustrated` of a figure that stands beside one of the paper's.
+
+
+# %%
+#| export claims
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from llama2lib import ledger
+from llama2lib.recipes import scale
+from llama2lib.stats import paired_interval
+
+
+def compare(
+    seeds: Sequence[int],
+    item: str,
+    claim: str,
+    criterion: str,
+    more: Sequence[Float[np.ndarray, "N"]],
+    less: Sequence[Float[np.ndarray, "N"]],
+    printed=None,
+    *,
+    evidence: str,
+) -> dict | None:
+    """Record the mean of `more` minus `less`, scores for each seed, as a row of the ledger, and print its verdict.
+
+    item, claim, criterion, printed, evidence: as in `ledger.record`. Where lists differ in length, each is cut to the
+    shortest. None at the smoke scale, where nothing is learned, and for a single score, which has no interval.
+    """
+    if scale() == "smoke":
+        return None
+    size = min(map(len, (*more, *less)))
+    more, less = (np.stack([np.asarray(part, float)[:size] for part in parts]) for parts in (more, less))
+    effects = dict(zip(seeds, (more - less).mean(1).tolist(), strict=True))
+    if more.size == 1:
+        print(f"{claim}: {effects}, {criterion}: not judged, one score has no interval")
+        return None
+    gap = paired_interval(more, less)
+    row = ledger.record(
+        item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
+    )
+    print(f"{claim}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")
+    return row
+
+
+def recomputed(item: str, claim: str, printed, ours, criterion: str = "= paper", *, evidence: str):
+    "Record what the paper's own numbers say of a claim, and print its verdict; arguments as in `ledger.record`."
+    row = ledger.record(item, claim, criterion, printed, ours, evidence=evidence)
+    print(f"{item}, {claim}: {ours} against {printed}: {row['status']}")
+
+
+def illustrated(item: str, claim: str, figure: str, printed=None, ours=None):
+    "Record that a file of ours under figures/ stands beside the paper's; not at the smoke scale, which draws none."
+    if scale() != "smoke":
+        ledger.record(item, claim, "illustrated", printed, ours, evidence=f"figures/{figure}")
+
 
 # %% [markdown]
 # ### Do the raters agree?

@@ -8,41 +8,24 @@
 import itertools
 import json
 import tempfile
-import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from llama2lib import ledger, mini, plots
-from llama2lib.claims import compare
+from llama2lib import claims, ledger, mini, plots
+from llama2lib.claims import illustrated
 from llama2lib.paper import PAPER, TEXT
 from llama2lib.recipes import by_scale, cached, data_file, scale, seeds
 from llama2lib.stats import gwet_ac2, win_rate_interval
 
 plt.rcParams.update(plots.STYLE)
-FILE, at_scale = "chapters/14_human_evaluation.py", scale() != "smoke"
+FILE = "chapters/14_human_evaluation.py"
 runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
-
-
-def recomputed(item: str, claim: str, printed, ours, criterion: str = "= paper"):
-    "Record what the paper's own numbers say of a claim."
-    row = ledger.record(item, claim, criterion, printed, ours, evidence=FILE)
-    print(f"{item}, {claim}: {ours} against {printed}: {row['status']}")
-
-
-def verdict(item: str, claim: str, criterion: str, more: list, less: list, printed=None):
-    "Record the mean of `more` minus `less`, scores of each seed; not at the smoke scale, where nothing is learned."
-    if at_scale:
-        compare(runs, item, claim, criterion, printed, more, less, FILE)
-
-
-def illustrated(item: str, claim: str, figure: str, printed=None, ours=None):
-    "Record that one of our figures stands beside the paper's; not at the smoke scale."
-    if at_scale:
-        ledger.record(item, claim, "illustrated", printed, ours, evidence=f"figures/{figure}")
-
+recomputed = partial(claims.recomputed, evidence=FILE)
+verdict = partial(claims.compare, runs, evidence=FILE)
 
 # %% [markdown]
 # ## Two answers
@@ -226,11 +209,10 @@ for pair, row in printed["Figure 1"].items():
 print(f"half-widths of the 18 shares: {min(halves):.2f} to {max(halves):.2f} points")
 recomputed("Figure 1", "all 95 % intervals (Wilson's) are between 1 and 2 points to either side", True,
            1 <= min(halves) and max(halves) <= 2)  # fmt: skip
-OVER = {"34B vs Vicuna-33B": 75, "34B vs Falcon-40B-instruct": 75}  # section 3.4.2's text (%)
-for pair, bound in OVER.items():
+for pair, bound in TEXT["Section 3.4.2"]["wins_above"].items():
     recomputed("Section 3.4.2", f"{pair}: wins more than {bound} %", True, printed["Figure 1"][pair][0] > bound)
-pair, tens = "7B vs MPT-7B-chat", 60
-recomputed("Section 3.4.2", f"{pair}: wins (%), in tens", tens, round(printed["Figure 1"][pair][0], -1))
+for pair, tens in TEXT["Section 3.4.2"]["wins"].items():
+    recomputed("Section 3.4.2", f"{pair}: wins (%), in tens", tens, round(printed["Figure 1"][pair][0], -1))
 
 # %% [markdown]
 # Figure 30 repeats a pairing of Figure 1: 70B against ChatGPT with a system prompt. Figure 11's rates bear out what
@@ -241,12 +223,12 @@ recomputed("Section 3.4.2", f"{pair}: wins (%), in tens", tens, round(printed["F
 system = [PAPER["Figure 30"]["with system prompt"][part] for part in PARTS]
 recomputed("Figure 30", "70B against ChatGPT with a system prompt: win, tie, loss (%), as in Figure 1",
            printed["Figure 1"]["70B vs ChatGPT-0301"], system, "= paper ± 0.1")  # fmt: skip
-rates = PAPER["Figure 11 left"]
+rates, section = PAPER["Figure 11 left"], TEXT["Section 3.4.1"]
 ahead = next(name for name, row in rates.items() if min(row.values()) > 50)
-recomputed("Section 3.4.1", "first version that beats ChatGPT on both axes, by the reward models", "RLHF-v3", ahead)
+recomputed("Section 3.4.1", "first version that beats ChatGPT on both axes, by the reward models",
+           section["ahead_of_chatgpt_from"], ahead)  # fmt: skip
 recomputed("Section 3.4.1", "the last version wins more than 60 % on both axes, by GPT-4", True,
-           min(PAPER["Figure 11 right"]["RLHF-v5 + PPO"].values()) > 60)  # fmt: skip
-section = TEXT["Section 3.4.1"]
+           min(PAPER["Figure 11 right"]["RLHF-v5 + PPO"].values()) > section["wins_by_gpt4_above"])  # fmt: skip
 wide = {
     axis: 50 * np.ptp(win_rate_interval(n / 2, n / 2)[1:])
     for axis, n in (("helpful", section["helpfulness_prompts"]), ("harmless", section["safety_prompts"]))
@@ -938,7 +920,7 @@ assert {text: verdict_of(text) for text in replies} == replies
 import re
 
 
-def partial(dialogs: list) -> list[str]:
+def leaning(dialogs: list) -> list[str]:
     "A judge who prefers what is shown first, unless the other answer is better by 0.3."
     said = []
     for [message] in dialogs:
@@ -953,9 +935,9 @@ drawn = prompts(np.random.default_rng(10), 400, "test")
 first, second = ([reply.text for reply in written(quality)(drawn, 1)] for quality in (CLEAN, MIXED))
 truth = [Ruling(int(np.sign(judge(m, a).helpfulness - judge(m, b).helpfulness)), False, "")
          for m, a, b in zip(drawn, first, second, strict=True)]  # fmt: skip
-swapped = chat_judge(partial)(drawn, first, second)
+swapped = chat_judge(leaning)(drawn, first, second)
 for name, one, other in (("always first", first, second), ("always second", second, first)):
-    sides = [verdict_of(text) for text in partial([judge_prompt(m, a, b, "helpfulness")
+    sides = [verdict_of(text) for text in leaning([judge_prompt(m, a, b, "helpfulness")
              for m, a, b in zip(drawn, one, other, strict=True)])]  # fmt: skip
     sides = [side if name == "always first" or side is None else -side for side in sides]
     print(f"the better writer {name}: {win_rate([Ruling(side, False, '') for side in sides])}")
@@ -1071,31 +1053,16 @@ for value in values:
 # answer to the first one about which V0 and the last differ.
 
 # %%
-def told(name: str, title: str, rows: list[tuple[str, str]]):
-    "Draw named texts, one below the other, as a figure."
-    lines = [(label, textwrap.wrap(text, 95) or [""]) for label, text in rows]
-    below = sum(len(part) + 0.4 for _, part in lines)
-    fig, ax = plt.subplots(figsize=(8, 0.5 + 0.2 * below), dpi=80)
-    ax.axis("off")
-    place = below
-    for label, part in lines:
-        ax.text(0, place, label, va="top", fontsize=8, weight="bold")
-        ax.text(0.2, place, "\n".join(part), va="top", fontsize=8)
-        place -= len(part) + 0.4
-    ax.set(ylim=(0, below + 0.5), xlim=(0, 1), title=title)
-    plots.save(fig, name)
-
-
-told("table_31.png", "Table 31: what stands in front of a conversation",
-     [("any", text) for text in MINI.generic[:3]] + [*MINI.templates.items()])  # fmt: skip
+plots.texts("table_31.png", "Table 31: what stands in front of a conversation",
+            [("any", text) for text in MINI.generic[:3]] + [*MINI.templates.items()])  # fmt: skip
 firsts = {}
 for messages, name in zip(helpful, category, strict=True):
     firsts.setdefault(str(name), " / ".join(m["content"] for m in messages if m["role"] == "user"))
-told("table_33.png", "Table 33: a held-out prompt of each kind", [*firsts.items()])
+plots.texts("table_33.png", "Table 33: a held-out prompt of each kind", [*firsts.items()])
 texts = [games[runs[0], number, "helpfulness"]["texts"] for number in range(last + 1)]
 place = next((i for i, (a, b) in enumerate(zip(texts[0], texts[-1], strict=True)) if a != b), 0)
 said = [(f"V{number}", answers[place]) for number, answers in enumerate(texts)]
-told("table_34.png", "Table 34: versions answer one prompt", [("prompt", helpful[place][-1]["content"]), *said])
+plots.texts("table_34.png", "Table 34: versions answer one prompt", [("prompt", helpful[place][-1]["content"]), *said])
 illustrated("Table 31", "preprompts, for any prompt and for a risk", "table_31.png")
 illustrated("Table 33", "a held-out prompt of each kind", "table_33.png")
 illustrated("Table 34", "versions that answer one prompt", "table_34.png")

@@ -1,11 +1,13 @@
-"""Generated from chapters/03_sft.py by chapters/export.py; edit the chapter."""
+"""Generated from chapters/10_toolbox.py by chapters/export.py; edit the chapter."""
 
 __all__ = [
     "compare",
+    "recomputed",
+    "illustrated",
 ]
 
 
-# ---------- chapters/03_sft.py · Claims
+# ---------- chapters/10_toolbox.py · A claim
 
 from collections.abc import Sequence
 
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from llama2lib import ledger
+from llama2lib.recipes import scale
 from llama2lib.stats import paired_interval
 
 
@@ -21,22 +24,40 @@ def compare(
     item: str,
     claim: str,
     criterion: str,
-    printed,
     more: Sequence[Float[np.ndarray, "N"]],
     less: Sequence[Float[np.ndarray, "N"]],
+    printed=None,
+    *,
     evidence: str,
-) -> dict:
+) -> dict | None:
     """Record the mean of `more` minus `less`, scores for each seed, as a row of the ledger, and print its verdict.
 
     item, claim, criterion, printed, evidence: as in `ledger.record`. Where lists differ in length, each is cut to the
-    shortest.
+    shortest. None at the smoke scale, where nothing is learned, and for a single score, which has no interval.
     """
+    if scale() == "smoke":
+        return None
     size = min(map(len, (*more, *less)))
     more, less = (np.stack([np.asarray(part, float)[:size] for part in parts]) for parts in (more, less))
-    gap = paired_interval(more, less)
     effects = dict(zip(seeds, (more - less).mean(1).tolist(), strict=True))
+    if more.size == 1:
+        print(f"{claim}: {effects}, {criterion}: not judged, one score has no interval")
+        return None
+    gap = paired_interval(more, less)
     row = ledger.record(
         item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
     )
     print(f"{claim}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")
     return row
+
+
+def recomputed(item: str, claim: str, printed, ours, criterion: str = "= paper", *, evidence: str):
+    "Record what the paper's own numbers say of a claim, and print its verdict; arguments as in `ledger.record`."
+    row = ledger.record(item, claim, criterion, printed, ours, evidence=evidence)
+    print(f"{item}, {claim}: {ours} against {printed}: {row['status']}")
+
+
+def illustrated(item: str, claim: str, figure: str, printed=None, ours=None):
+    "Record that a file of ours under figures/ stands beside the paper's; not at the smoke scale, which draws none."
+    if scale() != "smoke":
+        ledger.record(item, claim, "illustrated", printed, ours, evidence=f"figures/{figure}")

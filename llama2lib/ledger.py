@@ -43,7 +43,7 @@ from typing import Any
 
 import tyro
 
-from llama2lib.paper import ITEMS
+from llama2lib.inventory import ITEMS
 from llama2lib.recipes import ROOT, cache_folder, scale, write_atomic
 
 STATUSES = (

@@ -5,12 +5,15 @@ __all__ = [
     "COLORS",
     "RINGS",
     "save",
+    "texts",
 ]
 
 
 # ---------- chapters/10_toolbox.py · One style for figures
 
 import io
+import textwrap
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -36,3 +39,17 @@ def save(figure: Figure, name: str) -> None:
         figure.savefig(buffer, format=name[-3:], metadata=anonymous)
     if recipes.scale() != "smoke":
         recipes.write_atomic(recipes.ROOT / "figures" / name, buffer.getvalue())
+
+def texts(name: str, title: str, rows: Sequence[tuple[str, str]], indent: float = 0.15) -> None:
+    "Save a figure of labelled texts, one below the other: answers side by side. `indent`: of the texts, of its width."
+    lines = [(label, textwrap.wrap(text, 95) or [""]) for label, text in rows]
+    below = sum(len(part) + 0.4 for _, part in lines)
+    figure, ax = plt.subplots(figsize=(8, 0.5 + 0.2 * below), dpi=80)
+    ax.axis("off")
+    place = below
+    for label, part in lines:
+        ax.text(0, place, label, va="top", fontsize=8, weight="bold")
+        ax.text(indent, place, "\n".join(part), va="top", fontsize=8)
+        place -= len(part) + 0.4
+    ax.set(ylim=(0, below + 0.5), xlim=(0, 1), title=title)
+    save(figure, name)

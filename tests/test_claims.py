@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llama2lib.claims import compare
+from llama2lib.claims import compare, illustrated, recomputed
 from llama2lib.stats import paired_interval
 
 EVIDENCE = "llama2lib/claims.py::def compare"
@@ -13,31 +13,56 @@ MORE = LESS + 0.2 + 0.1 * RANDOM.random((3, 60))
 
 
 @pytest.fixture(autouse=True)
-def unrecorded(monkeypatch):
-    monkeypatch.setenv("LLAMA2_SCALE", "smoke")
+def rows_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAMA2_SCALE", "laptop")
+    monkeypatch.setenv("LLAMA2_CACHE", str(tmp_path))
 
 
 def test_a_row_holds_the_difference_its_interval_and_an_effect_for_each_seed(capsys):
-    row = compare((4, 0, 2), "Table 7", "more is more", "> 0.1", 0.3, MORE, LESS, EVIDENCE)
+    row = compare((4, 0, 2), "Table 7", "more is more", "> 0.1", MORE, LESS, 0.3, evidence=EVIDENCE)
     gap = paired_interval(MORE, LESS)
     assert row["ours"] == gap.value and tuple(row["interval"]) == (gap.low, gap.high) and row["status"] == "holds"
     effects = {int(seed): effect for seed, effect in row["seeds"].items()}
     assert effects == pytest.approx(dict(zip((4, 0, 2), (MORE - LESS).mean(1), strict=True)))
     assert "more is more: +0.25" in (told := capsys.readouterr().out) and told.strip().endswith("> 0.1: holds")
-    assert compare((4, 0, 2), "Table 7", "more is less", "< 0.1", 0.3, MORE, LESS, EVIDENCE)["status"] == "fails"
+    row = compare((4, 0, 2), "Table 7", "more is less", "< 0.1", MORE, LESS, 0.3, evidence=EVIDENCE)
+    assert row["status"] == "fails" and row["paper"] == 0.3
 
 
 def test_lists_of_different_lengths_are_cut_to_the_shortest():
     more, less = [MORE[0], MORE[1, :40], MORE[2]], [LESS[0, :50], LESS[1], LESS[2]]
-    row = compare((0, 1, 2), "Table 7", "cut", "> 0", None, more, less, EVIDENCE)
+    row = compare((0, 1, 2), "Table 7", "cut", "> 0", more, less, evidence=EVIDENCE)
     assert row["ours"] == paired_interval(MORE[:, :40], LESS[:, :40]).value
 
 
 def test_hits_may_be_true_or_false():
-    row = compare((0, 1, 2), "Table 7", "hits", "> 0", None, MORE > 0.5, LESS > 0.5, EVIDENCE)
+    row = compare((0, 1, 2), "Table 7", "hits", "> 0", MORE > 0.5, LESS > 0.5, evidence=EVIDENCE)
     assert row["ours"] == pytest.approx((MORE > 0.5).mean() - (LESS > 0.5).mean())
 
 
 def test_as_many_seeds_as_lists():
     with pytest.raises(ValueError, match="zip"):
-        compare((0, 1), "Table 7", "a seed is missing", "> 0", None, MORE, LESS, EVIDENCE)
+        compare((0, 1), "Table 7", "a seed is missing", "> 0", MORE, LESS, evidence=EVIDENCE)
+
+
+def test_a_single_score_is_told_and_not_judged(capsys, tmp_path):
+    assert compare((0,), "Table 7", "one", "> 0", [[0.5]], [[0.2]], evidence=EVIDENCE) is None
+    assert "one score has no interval" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.json"))
+    assert compare((0, 1), "Table 7", "two", "> 0", [[0.5], [0.6]], [[0.2], [0.1]], evidence=EVIDENCE)
+
+
+def test_nothing_is_judged_at_the_smoke_scale(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("LLAMA2_SCALE", "smoke")
+    assert compare((4, 0, 2), "Table 7", "more", "> 0", MORE, LESS, evidence=EVIDENCE) is None
+    illustrated("Table 12", "there is no such file", "no.png")
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_what_follows_from_the_papers_numbers_is_exact_or_a_slip(capsys):
+    for ours in (3, 4):
+        recomputed("Table 7", f"a sum that is {ours}", 3, ours, evidence=EVIDENCE)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[2] for line in told] == ["exact", "slip"]
+    with pytest.raises(ValueError, match=r"no\.png"):
+        illustrated("Table 12", "there is no such file", "no.png")

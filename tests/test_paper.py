@@ -2,7 +2,9 @@
 
 import pytest
 
-from llama2lib.paper import ITEMS, PAPER, SIZES, TEXT, column, parse
+from llama2lib.grids import column, parse
+from llama2lib.inventory import ITEMS
+from llama2lib.paper import PAPER, SIZES, TEXT
 
 
 def test_inventory_is_complete():

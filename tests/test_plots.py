@@ -1,5 +1,7 @@
 "Figures: the same bytes every time, whole files only, nothing at the smoke scale."
 
+from itertools import pairwise
+
 import matplotlib
 import pytest
 
@@ -70,3 +72,15 @@ def test_a_failed_write_leaves_the_old_figure(folder, monkeypatch):
 
 def test_every_size_has_its_own_colour():
     assert set(SIZES) < set(plots.COLORS) and len(set(plots.COLORS.values())) == len(plots.COLORS)
+
+
+def test_texts_stand_below_one_another_with_all_their_words(folder):
+    said = {"prompt": "Why?", "answer": "because " * 40, "empty": ""}
+    plots.texts("a.png", "Two answers", [*said.items()])
+    ax = plt.gcf().axes[0]
+    shown = [(text.get_text(), text.get_position()[1]) for text in ax.texts]
+    plt.close()
+    assert [" ".join(text.split()) for text, _ in shown] == [x.strip() for pair in said.items() for x in pair]
+    places = [place for _, place in shown[::2]]
+    assert [above - below for above, below in pairwise(places)] == pytest.approx([1.4, 4.4])
+    assert min(len(line) for line in shown[3][0].splitlines()[:-1]) > 80 and (folder / "a.png").exists()

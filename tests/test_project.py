@@ -174,10 +174,11 @@ def test_every_make_target_of_the_readme_exists_and_help_lists_them():
 
 def test_imports_point_one_way():
     "toolbox ← model, tokenizer, checkpoint ← generation, corpus ← training; nobody imports a later stage."
-    order = ["recipes", "paper", "stats", "plots", "launch", "ledger", "model", "tokenizer", "formats"]
+    order = ["recipes", "grids", "appendix", "paper", "inventory", "stats", "plots", "launch", "ledger", "claims"]
+    order += ["model", "tokenizer", "formats"]
     order += ["checkpoint", "generation", "world", "grammar", "synthetic", "judge"]
     order += ["corpus", "cleaning", "shards", "optim", "distributed", "pretrain", "ablations", "scaling"]
-    order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "claims", "chat", "preferences", "reward"]
+    order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "chat", "preferences", "reward"]
     order += ["mini_rewards", "rollout", "pairs", "rejection", "ppo", "desk", "screen", "annotate", "rlhf", "mini_rlhf"]
     order += ["gatt", "mini_gatt", "composition", "safety", "distillation", "red_team", "tools", "mini_safety"]
     order += ["carbon", "continuations", "harness", "programs", "evaluate", "suffix_index", "contamination"]
