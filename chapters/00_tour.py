@@ -31,6 +31,7 @@ from llama2lib.carbon import Energy, Meter
 from llama2lib.card import NOT_STATED, CardConfig, card
 from llama2lib.chat import Chat, respond, widget
 from llama2lib.checkpoint import load_checkpoint, save_checkpoint
+from llama2lib.claims import illustrated
 from llama2lib.continuations import loglikelihoods
 from llama2lib.corpus import Source, describe, mix, packaged_sources, read_documents, shares, token_stream
 from llama2lib.dialog import encode_dialog
@@ -603,6 +604,7 @@ for number, (indent, text) in enumerate(lines):
     right.text(indent, 1 - number / len(lines), textwrap.shorten(text, 90), fontsize=7.5, va="top",
                weight="normal" if indent else "bold", transform=right.transAxes)  # fmt: skip
 plots.save(fig, "00_stages.png")
+illustrated("Figure 4", "the stages of training a chat model, one after another, each measured", "00_stages.png")
 
 # %% [markdown]
 # ## 15. What it cost

@@ -2553,7 +2553,8 @@ verdict("Figure 20", "share of answers with a gold score below 0.25: V2 minus V0
 # The statistics of the comparisons, as Table 26 gives them; the ratings of each batch; and the rewards of the last
 # version's samples for the prompts of each batch. The authors' annotators found the two answers ever more alike, as
 # better models answered. Their highest and median reward fell, since they made prompts harder from batch to batch; our
-# prompts are equally hard.
+# prompts are equally hard. The table's last row should be the mean of the others, weighted by comparisons, but for 0.1:
+# each is rounded to a tenth.
 
 # %%
 batches = {
@@ -2567,7 +2568,7 @@ ledger.record("Table 26", "comparisons of all batches", "= paper", whole["compar
               evidence="chapters/05_rlhf.py::sum(weights)")  # fmt: skip
 for column in list(whole)[1:]:
     mean = float(np.average([row[column] for row in table.values()], weights=weights))
-    row = ledger.record("Table 26", f"{column}: mean over all comparisons", "= paper ± 0.06", whole[column],
+    row = ledger.record("Table 26", f"{column}: mean over all comparisons", "= paper ± 0.1", whole[column],
                         round(mean, 2), evidence="chapters/05_rlhf.py::np.average")  # fmt: skip
     print(f"the paper's {column}: {whole[column]}, from its batches {mean:.2f}: {row['status']}")
 print("batch comparisons turns tokens/example /prompt /answer (first seed; helpfulness)")

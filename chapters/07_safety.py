@@ -1589,6 +1589,7 @@ for bad in ("__import__('os')", "2 ** 9", "1 / 0", ""):
 
 # %%
 #| export
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -1609,7 +1610,7 @@ from llama2lib.model import Llama
 from llama2lib.recipes import by_scale, cached
 from llama2lib.red_team import attack
 from llama2lib.rejection import best, candidates
-from llama2lib.reward import score
+from llama2lib.reward import RewardModel, score
 from llama2lib.rollout import Prompt, Reward
 from llama2lib.sft import SFT, Batches, sft
 from llama2lib.synthetic import CLEAN, HELPFUL, MIXED, dialogues, pick, prompts, question
@@ -1640,11 +1641,17 @@ def refuses(messages: Sequence[Message], text: str) -> bool:
     return any(part.role in ("refuse", "evasive") for part in read_answer(read_task(list(messages)), text))
 
 
+@functools.cache
+def reward_model(seed: int, value: str) -> RewardModel:
+    "Chapter 04's reward model of a seed for 'helpfulness' or 'safety', to score with; kept, since to load it is slow."
+    return mini_rewards.reward_model(seed, value).eval()
+
+
 def rewards_of(
     seed: int, value: str, dialogs: Sequence[Sequence[Message]], texts: Sequence[str]
 ) -> Float[np.ndarray, "N"]:
     "Rewards in 0 … 1 of answers, by the model of a seed (chapter 04) for 'helpfulness' or 'safety'."
-    judge = mini_rewards.reward_model(seed, value).eval()
+    judge = reward_model(seed, value)
     told = [[*m, {"role": "assistant", "content": text}] for m, text in zip(dialogs, texts, strict=True)]
     return expit(score(judge, mini.tokenizer(), told))
 
@@ -1694,7 +1701,7 @@ def rewarded(inputs: dict) -> dict:
     "Weights after a round of rejection sampling 'without' and 'with' adversarial prompts; `inputs`: seed, sizes."
     seed, words, count = inputs["seed"], mini.tokenizer(), inputs["sizes"]["asked"]
     asked_ = {"without": harmless(seed, 20, count), "with": asked(seed, 21, count // 4, tagged=1.0)}
-    judges = (mini_rewards.reward_model(seed, value).eval() for value in ("helpfulness", "safety"))
+    judges = (reward_model(seed, value) for value in ("helpfulness", "safety"))
     reward = Reward(*(lambda told, judge=judge: score(judge, words, told) for judge in judges))
     kept, weights = [], {}
     for number, (name, these) in enumerate(asked_.items()):
@@ -1759,7 +1766,7 @@ def answered(inputs: dict) -> dict:
     `inputs`: seed, sizes.
     """
     seed, words, found = inputs["seed"], mini.tokenizer(), {}
-    model, judge = careful(seed), mini_rewards.reward_model(seed, "safety").eval()
+    model, judge = careful(seed), reward_model(seed, "safety")
     sets = {"adversarial": asked(seed, 22, inputs["sizes"]["asked"], tagged=1.0),
             "helpful": harmless(seed, 23, inputs["sizes"]["asked"])}  # fmt: skip
     for kind, form in (("adversarial", "generic"), ("adversarial", "template"), ("helpful", "generic")):
@@ -1889,6 +1896,24 @@ for kind, dialogs in prompts_.items():
 # > thousand dated examples; and arms of distillation with as many examples each, where the gate's share is of the
 # > changed answers.
 #
+# ### What is trained
+#
+# The trainings of the sections below do not depend on one another. Side by side, each on one core, they take three
+# quarters of the time; what comes from the cache takes none.
+
+# %%
+from llama2lib.launch import side_by_side
+from llama2lib.mini_safety import distillates, reward_model, round_of, skilled
+
+EXAMPLES = by_scale(smoke=(0, 20), laptop=(0, 1000, 6000), a100=(0, 1000, 6000))  # of dates; of sums, the second
+for seed, value in itertools.product(runs, ("helpfulness", "safety")):
+    _ = reward_model(seed, value)  # with the base and the chat model, which all others begin with
+work = [(skilled, seed, "dated", count) for count in EXAMPLES[:0:-1] for seed in runs]
+work += [(round_of, seed, True) for seed in runs] + [(skilled, seed, "calculator", EXAMPLES[1]) for seed in runs]
+work += [(distillates, seed) for seed in runs] + [(seen, seed, "scaled", share) for share in SHARES for seed in runs]
+_ = side_by_side(work, "trainings")
+
+# %% [markdown]
 # ### How much safety data (Figures 15 and 33)
 #
 # 2,600 helpful dialogues, of which one in 27 only looks harmful, and a part of 290 refusals, nine to one as in the
@@ -1955,10 +1980,10 @@ verdict("Figure 33", "false refusals of helpful prompts, all of the safety data 
         of("helpfulness", "refused", all_), of("helpfulness", "refused", none))  # fmt: skip
 
 # %% [markdown]
-# Of the first expectations most hold in the mean, and not all in the interval. With all of the data gold safety rises
-# in every seed, and so does the safety reward, by so unequal amounts that the verdict is open. A tenth of the data is
-# 29 refusals here, and shows no effect. Helpfulness stays within 3 % in the mean. Borderline prompts, none of which
-# were refused before, pay.
+# Of the first expectations most hold. With all of the data the safety reward and gold safety rise in every seed, nearly
+# all of it beyond a quarter of the data. A tenth is 29 refusals here, and shows no effect. Gold helpfulness stays
+# within 3 %; so does the helpfulness reward in the mean, with an interval that is a little too wide. Borderline
+# prompts, none of which were refused before, pay: three in ten are refused in the end.
 #
 # Two numbers of the paper do not fit together here. Its borderline set has 210 prompts, but the six points of Figure
 # 33 are whole numbers of refusals only of 180 prompts (or of 360). And A.4.2 says that the answer of Table 36 becomes
@@ -2025,7 +2050,9 @@ illustrated("Table 41", "a borderline prompt that is refused", "table_38.png")
 # 150 adversarial prompts added.
 
 # %%
-rounds = {(seed, with_): seen(seed, "round", with_) for seed in runs for with_ in (False, True)}
+keys = [*itertools.product(runs, (False, True))]
+found = side_by_side([(seen, seed, "round", with_) for seed, with_ in keys], "answers")
+rounds = dict(zip(keys, found, strict=True))
 fig, axes = plt.subplots(1, 2, figsize=(8.6, 4.7))
 for ax, kind in zip(axes, ("safety", "helpfulness"), strict=True):
     x, y = (np.concatenate([rounds[seed, with_][kind]["reward"] for seed in runs]) for with_ in (False, True))
@@ -2065,7 +2092,7 @@ plots.texts("table_12.png", "Table 12: an answer without and with adversarial pr
 illustrated("Table 12", "one adversarial prompt, before and after", "table_12.png")
 
 # %% [markdown]
-# Three in ten answers to adversarial prompts gain, one in ten loses; other prompts' answers go up as often as down.
+# One in six answers to adversarial prompts gains, one in thirty loses; other prompts' answers go up as often as down.
 #
 # ### Where the two reward models disagree (Figure 32, Table 35)
 #
@@ -2085,7 +2112,7 @@ def pulled(inputs: dict) -> dict:
             safe += {"chosen_safe": [1, 0], "both_safe": [1, 1], "both_unsafe": [0, 0]}[row["safety"]]
     found = {"safe": np.array(safe, float), "last": [[d[-2]["content"], d[-1]["content"]] for d in told]}
     for value in ("safety", "helpfulness"):
-        judge = mini_rewards.reward_model(inputs["seed"], value).eval()
+        judge = reward_model(inputs["seed"], value)
         found[value] = expit(score(judge, words, told))
     return found
 
@@ -2185,8 +2212,10 @@ verdict("Figure 16", "safety reward, template minus generic preprompt", "> 0",
         *([rewards(seed, name, "score") for seed in runs] for name in names[::-1]))  # fmt: skip
 
 # %%
-distilled_ = {(seed, arm): seen(seed, "distilled", arm) for seed in runs for arm in CD_ARMS}
-distilled_ |= {(seed, "before"): seen(seed, "careful") for seed in runs}
+keys = [*itertools.product(runs, (*CD_ARMS, "before"))]
+found = side_by_side([(seen, seed, "careful") if arm == "before" else (seen, seed, "distilled", arm)
+                      for seed, arm in keys], "arms")  # fmt: skip
+distilled_ = dict(zip(keys, found, strict=True))
 
 
 def after_cd(arm: str, kind: str, what: str) -> list[np.ndarray]:
@@ -2226,12 +2255,12 @@ for number, claim in ((13, "an answer under a template beside the model's own"),
     illustrated(f"Table {number}", claim, "table_13.png")
 
 # %% [markdown]
-# Under templates the safety reward rises more than under generic preprompts; after fine-tuning on what was sampled
-# the two are too close to tell apart. Distillation raises gold safety in every seed, by so unequal amounts that the
-# intervals of the comparison with the model's own answers hold 0. A preprompt often changes nothing, and of the
-# changed answers the gate drops a third; leaving it out, with as many examples, costs nothing that we can see. On
-# helpful prompts distillation does the harm that the paper warns of: it takes a fifth of the helpfulness, and a fifth
-# of them are refused.
+# Under templates the safety reward rises in every seed, and more than under generic preprompts in the mean; neither
+# that difference nor the one after fine-tuning is beyond doubt. Distillation makes the model safer without a preprompt
+# than learning from its own answers does. A preprompt changes more than half of the answers, and of these the gate
+# drops a quarter under generic ones and a third under templates. Leaving it out, with as many examples, costs six
+# points of gold safety. On helpful prompts distillation does the harm that the paper warns of: it takes an eighth of
+# the helpfulness, and one in seven of them is refused.
 #
 # ## A red team against six versions (section 4.3)
 #
@@ -2287,9 +2316,11 @@ newest = len(program(runs[0]).versions)
 place = folder / "siege.sqlite"
 place.unlink(missing_ok=True)
 log, sieges = red_team.RedTeamLog(place), {}
-for seed, number in itertools.product(runs, range(newest + 1)):
-    inputs = {"seed": seed, "version": number, "sizes": sizes}
-    sieges[seed, number] = cached(f"safety-siege-seed{seed}", inputs, sieged)["people"]
+keys = [*itertools.product(runs, range(newest + 1))]
+work = [(cached, f"safety-siege-seed{seed}", {"seed": seed, "version": number, "sizes": sizes}, sieged)
+        for seed, number in keys]  # fmt: skip
+for (seed, number), found in zip(keys, side_by_side(work, "sieges"), strict=True):
+    sieges[seed, number] = found["people"]
     for person, attempts in enumerate(sieges[seed, number]):
         clock = datetime(2023, 7, 1, tzinfo=UTC)
         session = log.start(f"P{person}", f"seed {seed}, V{number}", clock.isoformat())
@@ -2316,7 +2347,7 @@ fig, ax = plt.subplots(figsize=(5.4, 3.6))
 for seed in runs:
     ax.plot(range(newest + 1), [gamma[seed, number] for number in range(newest + 1)], "o-", label=f"seed {seed}")
 ax.set(xlabel="version", ylabel="γ (violations a person and hour)", xticks=range(newest + 1))
-ax.set_title("Little gets through the last version; V4 is a step back")
+ax.set_title("Little gets through the last version; in between the seeds part")
 ax.set_ylim(bottom=0)
 ax.legend()
 plots.save(fig, "red_team.png")
@@ -2342,8 +2373,8 @@ illustrated("Section 4.3", "share of earlier violating prompts that the next ver
             rejected)  # fmt: skip
 
 # %% [markdown]
-# From the first version to the last the red team's success falls to a thirtieth. V4 is a step back in every seed. It is
-# the first that learns from the best samples of all iterations (chapter 05); perhaps the early ones are less safe.
+# From the first version to the last the red team's success falls to a sixth. In between the seeds part: of one of them
+# the red team finds more and more from V2 to V4, nearly as much as of V0.
 #
 # ## Counting violations (section 4.4)
 #
@@ -2427,9 +2458,10 @@ from llama2lib.safety import violates, violation_rate
 
 count = by_scale(smoke=12, laptop=400, a100=400)
 judged, bad = {}, {}
-for seed, number in itertools.product(runs, range(newest + 1)):
-    inputs = {"seed": seed, "version": number, "count": count}
-    judged[seed, number] = {k: np.array(v) for k, v in cached(f"safety-rated-seed{seed}", inputs, surveyed).items()}
+work = [(cached, f"safety-rated-seed{seed}", {"seed": seed, "version": number, "count": count}, surveyed)
+        for seed, number in keys]  # fmt: skip
+for (seed, number), found in zip(keys, side_by_side(work, "versions"), strict=True):
+    judged[seed, number] = {name: np.array(part) for name, part in found.items()}
     bad[seed, number] = violates(rated(judged[seed, number]["degree"], seed)).astype(float)
 print(f"{'':>4}{'violations (of each seed)':<28}{'rating':>6}{'AC1':>7}{'AC2':>7}{'false refusals':>17}")
 for number in range(newest + 1):
@@ -2464,7 +2496,7 @@ values = np.array([[100 * judged[s, v]["needless"].mean() for s in runs] for v i
 axes[3].plot(values, color="C4", alpha=0.3, linewidth=0.7)
 axes[3].plot(values.mean(1), "o-", color="C4")
 axes[3].set(xlabel="version", ylabel="false refusals (%)", ylim=(0, 100), title="borderline prompts")
-fig.suptitle("Violations all but disappear, and in the end nearly every borderline prompt is refused")
+fig.suptitle("Violations fall to a sixth, and in the end nearly every borderline prompt is refused")
 plots.save(fig, "figure_17.png")
 verdict("Figure 17", "share of violations, the last version minus the first", "< 0",
         [bad[seed, newest] for seed in runs], [bad[seed, 0] for seed in runs])  # fmt: skip
@@ -2490,7 +2522,7 @@ illustrated("Table 43", "versions that answer one adversarial prompt", "table_43
 # %% [markdown]
 # The price is that of section 4.2.3, in full. The program's prompts ask for harm or are plainly harmless; none only
 # looks harmful, and nothing tells the models that refusing such a prompt is wrong. The authors' models did worse after
-# several turns; whether ours do stays open.
+# several turns. Ours do better there, but the last version violates too seldom to be sure.
 #
 # ## Time and tools on the mini world (section 5.1)
 #
@@ -2526,7 +2558,6 @@ def timed(inputs: dict) -> dict:
 from llama2lib.mini_safety import timed
 from llama2lib.world import YEARS
 
-EXAMPLES = by_scale(smoke=(0, 20), laptop=(0, 1000, 6000), a100=(0, 1000, 6000))
 time = {}
 for seed, taught in itertools.product(runs, EXAMPLES):
     time[seed, taught] = cached(f"safety-dated-seed{seed}", {"seed": seed, "taught": taught}, timed)
@@ -2545,7 +2576,7 @@ for place, taught in enumerate(EXAMPLES):
     ax.plot(offsets, values.T, color=f"C{place}", alpha=0.3, linewidth=0.7)
     ax.plot(offsets, values.mean(0), "o-", color=f"C{place}", label=f"{taught:,} dated examples")
 ax.set(xlabel="stated year minus the year asked about", ylabel="share of answers 'still to come'", ylim=(-0.02, 1.02))
-ax.set_title("After twelve thousand examples 'still to come' is said of years ahead")
+ax.set_title("After six thousand examples 'still to come' is said of years ahead, by some seeds")
 ax.legend(fontsize=7)
 plots.save(fig, "figure_22.png")
 for ask, reply in time[runs[0], EXAMPLES[-1]]["shown"]:
@@ -2567,8 +2598,10 @@ for taught in EXAMPLES[1:]:
             *([time[seed, number]["right"][:, :-1].mean(1) for seed in runs] for number in (taught, 0)))  # fmt: skip
 
 # %% [markdown]
-# With twelve thousand examples 'still to come' is said of years ahead, of those far ahead most often, in every seed;
-# how often differs so much between seeds that the verdict is open.
+# With six thousand examples one seed says 'still to come' of nearly all years ahead, another of some, the third of
+# hardly any: the verdict is open. (An earlier run with twelve thousand, too long for this chapter, gave a difference of
+# 0.54 [-0.03, 1.11].) What the examples do teach is to answer under a stated year: more answers are right, with a
+# thousand of them already.
 #
 # A thousand examples show a calculator in use: 'calc(3 + 4) = 7.' in front of the answer. On new sums we compare the
 # model's own result of the call with the tool's. The paper's Table 15 does this with word problems and Toolformer's
@@ -2590,9 +2623,9 @@ def summed(inputs: dict) -> dict:
 from llama2lib.mini_safety import summed
 
 count = by_scale(smoke=8, laptop=300, a100=300)
-sums, examples = {}, by_scale(smoke=20, laptop=1000, a100=1000)
+sums = {}
 for seed in runs:
-    inputs = {"seed": seed, "taught": examples, "count": count}
+    inputs = {"seed": seed, "taught": EXAMPLES[1], "count": count}
     sums[seed] = cached(f"safety-sums-seed{seed}", inputs, summed)
 names = ("prompt", "without", "with the tool")
 lines = [pair for row in sums[runs[0]]["shown"][:2] for pair in zip(names, row, strict=True)]

@@ -1341,16 +1341,13 @@ def table(header: list[str], lines: list[list[Any]]) -> str:
 # %%
 #| export ledger
 def summary(rows: list[Row]) -> str:
-    "The README's block: how many rows have each status, and every row in short."
+    "The README's block: how many rows have each status."
     counts = Counter(row["status"] for row in rows)
     covered = len({row["item"] for row in rows} & ITEMS.keys())
     return (
-        f"Claims: {len(rows)}, on {covered} of the paper's {len(ITEMS)} tables, figures and equations.\n\n"
+        f"[{len(rows)} claims](figures/README.md) on {covered} of the paper's {len(ITEMS)} tables, figures and "
+        "equations, each with our measurement and its verdict:\n\n"
         + table([*filter(counts.get, STATUSES)], [[*filter(None, map(counts.get, STATUSES))]])
-        + "\n<details><summary>Every row</summary>\n\n"
-        + table(["", "claim", "paper", "ours", "verdict"],
-                [[row["item"], row["claim"], row["paper"], row["ours"], f"**{row['status']}**"] for row in rows])
-        + "\n</details>\n"
     )
 
 
@@ -2319,3 +2316,40 @@ except RuntimeError as error:
     lines = str(error).splitlines()
     print(lines[0], "...", lines[-1], sep="\n")
 assert lines[0].endswith("rank 1 failed:") and lines[-1] == "AssertionError: this rank has a bug"
+
+# %% [markdown]
+# ## Side by side
+#
+# A model of a million parameters gains little from a second core. Independent trainings do: each takes one core, and
+# two of them on two cores are done earlier than one after the other on both.
+
+# %%
+#| export launch
+from collections.abc import Sequence
+from unittest.mock import patch
+
+from tqdm import tqdm
+
+
+def side_by_side(calls: Sequence[tuple], title: str, workers: int | None = None) -> list:
+    """Results of calls, each a function and its arguments, in order; several at a time, in processes of one thread.
+
+    Functions are those that another process can import; what they take and return is pickled. title: of the one
+    progress bar. workers: processes, by default one for each core. The longest calls should come first. The first error
+    of a call is raised here, and no other call begins.
+    """
+    from joblib import Parallel, delayed, parallel_config
+
+    workers = min(workers or os.cpu_count(), len(calls))
+    silent = patch.dict(os.environ, TQDM_DISABLE="1")  # the processes show no bars of their own
+    with silent, parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
+        results = Parallel(return_as="generator")(delayed(function)(*arguments) for function, *arguments in calls)
+        return [*tqdm(results, total=len(calls), desc=title)]
+
+
+# %%
+from math import comb
+
+from llama2lib.launch import side_by_side
+
+side_by_side([(comb, 4, 2), (comb, 5, 2), (comb, 6, 2)], "combinations")

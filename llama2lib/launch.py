@@ -6,6 +6,7 @@ __all__ = [
     "slurm_script",
     "first_failure",
     "launch",
+    "side_by_side",
 ]
 
 
@@ -132,3 +133,27 @@ def launch(
         if code:
             raise RuntimeError(f"{module}: {first_failure(Path(logs)) or 'torchrun failed:' + chr(10) + ''.join(tail)}")
     return True
+
+
+# ---------- chapters/10_toolbox.py · Side by side
+
+from collections.abc import Sequence
+from unittest.mock import patch
+
+from tqdm import tqdm
+
+
+def side_by_side(calls: Sequence[tuple], title: str, workers: int | None = None) -> list:
+    """Results of calls, each a function and its arguments, in order; several at a time, in processes of one thread.
+
+    Functions are those that another process can import; what they take and return is pickled. title: of the one
+    progress bar. workers: processes, by default one for each core. The longest calls should come first. The first error
+    of a call is raised here, and no other call begins.
+    """
+    from joblib import Parallel, delayed, parallel_config
+
+    workers = min(workers or os.cpu_count(), len(calls))
+    silent = patch.dict(os.environ, TQDM_DISABLE="1")  # the processes show no bars of their own
+    with silent, parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
+        results = Parallel(return_as="generator")(delayed(function)(*arguments) for function, *arguments in calls)
+        return [*tqdm(results, total=len(calls), desc=title)]

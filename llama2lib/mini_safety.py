@@ -6,6 +6,7 @@ __all__ = [
     "TEMPERATURE",
     "probes",
     "refuses",
+    "reward_model",
     "rewards_of",
     "looked_at",
     "scaled",
@@ -47,6 +48,7 @@ __all__ = [
 
 # ---------- chapters/07_safety.py · On the mini world
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -67,7 +69,7 @@ from llama2lib.model import Llama
 from llama2lib.recipes import by_scale, cached
 from llama2lib.red_team import attack
 from llama2lib.rejection import best, candidates
-from llama2lib.reward import score
+from llama2lib.reward import RewardModel, score
 from llama2lib.rollout import Prompt, Reward
 from llama2lib.sft import SFT, Batches, sft
 from llama2lib.synthetic import CLEAN, HELPFUL, MIXED, dialogues, pick, prompts, question
@@ -98,11 +100,17 @@ def refuses(messages: Sequence[Message], text: str) -> bool:
     return any(part.role in ("refuse", "evasive") for part in read_answer(read_task(list(messages)), text))
 
 
+@functools.cache
+def reward_model(seed: int, value: str) -> RewardModel:
+    "Chapter 04's reward model of a seed for 'helpfulness' or 'safety', to score with; kept, since to load it is slow."
+    return mini_rewards.reward_model(seed, value).eval()
+
+
 def rewards_of(
     seed: int, value: str, dialogs: Sequence[Sequence[Message]], texts: Sequence[str]
 ) -> Float[np.ndarray, "N"]:
     "Rewards in 0 … 1 of answers, by the model of a seed (chapter 04) for 'helpfulness' or 'safety'."
-    judge = mini_rewards.reward_model(seed, value).eval()
+    judge = reward_model(seed, value)
     told = [[*m, {"role": "assistant", "content": text}] for m, text in zip(dialogs, texts, strict=True)]
     return expit(score(judge, mini.tokenizer(), told))
 
@@ -152,7 +160,7 @@ def rewarded(inputs: dict) -> dict:
     "Weights after a round of rejection sampling 'without' and 'with' adversarial prompts; `inputs`: seed, sizes."
     seed, words, count = inputs["seed"], mini.tokenizer(), inputs["sizes"]["asked"]
     asked_ = {"without": harmless(seed, 20, count), "with": asked(seed, 21, count // 4, tagged=1.0)}
-    judges = (mini_rewards.reward_model(seed, value).eval() for value in ("helpfulness", "safety"))
+    judges = (reward_model(seed, value) for value in ("helpfulness", "safety"))
     reward = Reward(*(lambda told, judge=judge: score(judge, words, told) for judge in judges))
     kept, weights = [], {}
     for number, (name, these) in enumerate(asked_.items()):
@@ -217,7 +225,7 @@ def answered(inputs: dict) -> dict:
     `inputs`: seed, sizes.
     """
     seed, words, found = inputs["seed"], mini.tokenizer(), {}
-    model, judge = careful(seed), mini_rewards.reward_model(seed, "safety").eval()
+    model, judge = careful(seed), reward_model(seed, "safety")
     sets = {"adversarial": asked(seed, 22, inputs["sizes"]["asked"], tagged=1.0),
             "helpful": harmless(seed, 23, inputs["sizes"]["asked"])}  # fmt: skip
     for kind, form in (("adversarial", "generic"), ("adversarial", "template"), ("helpful", "generic")):
@@ -329,7 +337,7 @@ def pulled(inputs: dict) -> dict:
             safe += {"chosen_safe": [1, 0], "both_safe": [1, 1], "both_unsafe": [0, 0]}[row["safety"]]
     found = {"safe": np.array(safe, float), "last": [[d[-2]["content"], d[-1]["content"]] for d in told]}
     for value in ("safety", "helpfulness"):
-        judge = mini_rewards.reward_model(inputs["seed"], value).eval()
+        judge = reward_model(inputs["seed"], value)
         found[value] = expit(score(judge, words, told))
     return found
 

@@ -8,8 +8,9 @@ import textwrap
 import time
 
 import pytest
+import torch
 
-from llama2lib.launch import first_failure, launch, slurm_script, torchrun_arguments
+from llama2lib.launch import first_failure, launch, side_by_side, slurm_script, torchrun_arguments
 from llama2lib.recipes import ROOT
 
 
@@ -182,3 +183,40 @@ def test_failed_processes_are_started_again(script):
     """)
     assert launch(path, nproc=2, max_restarts=1)
     assert "--max-restarts=2" in torchrun_arguments("a.py", max_restarts=2)
+
+
+def seen_by_a_worker(number: int):
+    from tqdm import tqdm
+
+    return number, os.getpid(), torch.get_num_threads(), tqdm([]).disable
+
+
+def failing(number: int, folder):
+    if number == 1:
+        raise ValueError("the second one")
+    time.sleep(0.3)
+    (folder / str(number)).touch()
+
+
+def test_calls_run_side_by_side_in_order_on_one_thread_each(capfd):
+    found = side_by_side([(seen_by_a_worker, number) for number in (3, 1, 2)], "numbers", 2)
+    assert [row[0] for row in found] == [3, 1, 2] and os.getpid() not in {row[1] for row in found}
+    assert {row[2:] for row in found} == {(1, True)}
+    assert "numbers: 100%" in (told := capfd.readouterr().err) and "3/3" in told
+
+
+def test_an_error_of_a_call_is_raised_and_ends_the_others(tmp_path):
+    with pytest.raises(ValueError, match="the second one"):
+        side_by_side([(failing, number, tmp_path) for number in range(40)], "numbers", 2)
+    assert len(list(tmp_path.iterdir())) < 20
+
+
+def test_a_script_that_runs_calls_side_by_side_is_not_run_again(script):
+    "As it would be by multiprocessing, where a script has no main guard."
+    code = """
+        from math import sqrt
+        from llama2lib.launch import side_by_side
+        print("once", side_by_side([(sqrt, 4), (sqrt, 9)], "roots", 2))
+    """
+    ran = subprocess.run([sys.executable, script(code)], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0 and ran.stdout == "once [2.0, 3.0]\n"
