@@ -2,7 +2,7 @@
 # # The tour
 #
 # > From raw text to a small Llama 2 that writes, and on to one that answers and learns from judgements of its answers,
-# > in ten minutes on a laptop and without a network. Each stage is a few calls into the library; the chapters
+# > in a quarter of an hour on a laptop and without a network. Each stage is a few calls into the library; the chapters
 # > explain what is inside.
 #
 # The paper's pipeline begins with text and a tokenizer, trains a base model on it (section 2), fine-tunes that on
@@ -107,7 +107,7 @@ for shift, (label, share) in zip((-0.2, 0.2), parts.items(), strict=True):
     ax.barh(np.arange(len(share)) + shift, [100 * part for part in share.values()], 0.4, label=label)
 ax.set_yticks(range(len(sources)), list(sources))
 ax.invert_yaxis()
-ax.set(xlabel="share (%)", title="What is factual is read more often" if not own_text else "One source")
+ax.set(xlabel="share (%)", title="Manual and docstrings are read more often" if not own_text else "One source")
 ax.legend(fontsize=8)
 if not own_text:
     plots.save(fig, "00_text.png")
@@ -429,11 +429,11 @@ half = max(1, len(rewards) // 2)
 print(f"mean reward {rewards[:half].mean():.2f} in the first half, {rewards[-half:].mean():.2f} in the second")
 print(f"KL to the start: {kl[-1]:.1f} nats an answer")
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 2.6))
-course = {"mean reward (logit)": rewards, "KL to the start (nats an answer)": kl}
+course = {"mean reward (logit)": rewards, "KL to the start (nats)": kl}
 for ax, (label, values) in zip(axes, course.items(), strict=True):
     ax.plot(range(1, len(values) + 1), values, "o-", markersize=3)
     ax.set(xlabel="iteration", ylabel=label)
-fig.suptitle("PPO: reward against distance from the start")
+fig.suptitle("In so few iterations the distance from the start grows, and the reward little")
 plots.save(fig, "00_ppo.png")
 _ = show("PPO", learner.eval())
 
@@ -542,7 +542,7 @@ for shift, (label, of) in zip((-0.18, 0.18), {"violations": rates, "false refusa
     ends = np.maximum([value - low, high - value], 0)
     ax.bar(np.arange(len(of)) + shift, value, 0.36, yerr=ends, capsize=3, label=label)
 ax.set_xticks(range(len(stages)), list(stages))
-ax.set(ylabel="share of answers (%)", ylim=(0, 100), title="Violations fall until PPO, and false refusals rise")
+ax.set(ylabel="share of answers (%)", ylim=(0, 100), title="Violations fall, and false refusals rise")
 ax.legend(fontsize=8)
 plots.save(fig, "00_safety.png")
 if not smoke:
@@ -592,7 +592,7 @@ for shift, value in zip((-0.06, 0.06), tests, strict=True):
     value_, low, high = np.array(bars).T
     left.errorbar(np.arange(len(gold)) + shift, value_, [value_ - low, high - value_], fmt="o-", capsize=3, label=value)
 left.set_xticks(range(len(gold)), [stage.replace(" ", "\n") for stage in gold], fontsize=7)
-left.set(ylabel="gold score (0 to 1)", ylim=(0, 1), title="From stage to stage")
+left.set(ylabel="gold score (0 to 1)", ylim=(0, 1), title="Helpfulness rises first, then safety")
 left.legend(fontsize=8)
 place = {value: int(np.argmax(gold["Ghost Attention"][value] - gold["fine-tuning"][value])) for value in tests}
 lines = []
