@@ -853,6 +853,7 @@ def taught(seed: int, arm: str = "Ghost Attention") -> Llama:
 
 # %%
 import itertools
+from functools import partial
 
 from llama2lib.chat import respond
 from llama2lib.checkpoint import save_checkpoint
