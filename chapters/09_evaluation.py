@@ -2668,7 +2668,7 @@ def peak_memory() -> int:
     except FileNotFoundError:
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS counts in bytes
 
 
 def cost(tokens: int, samples: int = 5000) -> dict[str, float]:

@@ -152,7 +152,7 @@ def side_by_side(calls: Sequence[tuple], title: str, workers: int | None = None)
     """
     from joblib import Parallel, delayed, parallel_config
 
-    workers = min(workers or os.cpu_count(), len(calls))
+    workers = min(workers or os.cpu_count(), len(calls))  # a call alone runs in this process, on all its threads
     silent = patch.dict(os.environ, TQDM_DISABLE="1")  # the processes show no bars of their own
     with silent, parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
         results = Parallel(return_as="generator")(delayed(function)(*arguments) for function, *arguments in calls)
