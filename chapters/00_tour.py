@@ -392,7 +392,7 @@ print("{}\n+ {}\n".format(*found["first"]))
 chosen = show("rejection sampling", imitator.eval())
 fig, ax = plt.subplots(figsize=(5.6, 2.8))
 highest = np.fmax.accumulate(found["rewards"], axis=1)
-ax.plot(range(1, 9), np.nanmean(highest, 0), "o-")
+ax.plot(range(1, highest.shape[1] + 1), np.nanmean(highest, 0), "o-")
 ax.set(xlabel="answers to choose from", ylabel="mean reward of the best (logit)")
 ax.set_title("More answers to choose from, a better best one")
 plots.save(fig, "00_rejection_sampling.png")
@@ -518,7 +518,7 @@ if not smoke:
 # Two hundred prompts ask for something harmful, and as many only look as if they did. Three simulated raters give each
 # answer to the first a degree from 1 to 5; it violates if most of them give 1 or 2 (section 4.4). To refuse one of the
 # second is a false refusal (A.4.5). After fine-tuning no stage has seen prompts that only look harmful, and
-# in the end nearly all of them are refused.
+# in the end most of them are refused.
 
 # %%
 count = 12 if smoke else 200
@@ -575,11 +575,10 @@ def right_choices(model: Llama) -> int:
     return int((likely.argmax(1) == [row["gold"] for row in quiz]).sum())
 
 
-quizzed = {}
 for stage, model in stages.items():
     count = right_choices(model)
-    quizzed[stage] = win_rate_interval(count, len(quiz) - count)
-    print(f"{stage:>18}: {quizzed[stage].value:.0%} right of four choices")
+    share = win_rate_interval(count, len(quiz) - count)
+    print(f"{stage:>18}: {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] right of four choices")
 
 # %% [markdown]
 # The whole way in one picture: means with their 95 % intervals over the prompts of this one run, and the answers of
@@ -589,8 +588,8 @@ for stage, model in stages.items():
 fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1, 1.5))
 for shift, value in zip((-0.06, 0.06), tests, strict=True):
     bars = [paired_interval(found[value], np.zeros(len(found[value]))) for found in gold.values()]
-    value_, low, high = np.array(bars).T
-    left.errorbar(np.arange(len(gold)) + shift, value_, [value_ - low, high - value_], fmt="o-", capsize=3, label=value)
+    mean, low, high = np.array(bars).T
+    left.errorbar(np.arange(len(gold)) + shift, mean, [mean - low, high - mean], fmt="o-", capsize=3, label=value)
 left.set_xticks(range(len(gold)), [stage.replace(" ", "\n") for stage in gold], fontsize=7)
 left.set(ylabel="gold score (0 to 1)", ylim=(0, 1), title="Helpfulness rises first, then safety")
 left.legend(fontsize=8)

@@ -1898,8 +1898,7 @@ for kind, dialogs in prompts_.items():
 #
 # ### What is trained
 #
-# The trainings of the sections below do not depend on one another. Side by side, each on one core, they take three
-# quarters of the time; what comes from the cache takes none.
+# The trainings of the sections below do not depend on one another: side by side, a core each, they are done sooner.
 
 # %%
 from llama2lib.launch import side_by_side

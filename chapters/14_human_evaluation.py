@@ -1054,11 +1054,11 @@ for value in values:
 
 # %%
 plots.texts("table_31.png", "Table 31: what stands in front of a conversation",
-            [("any", text) for text in MINI.generic[:3]] + [*MINI.templates.items()])  # fmt: skip
+            [("any", text) for text in MINI.generic[:3]] + [*MINI.templates.items()], 0.2)  # fmt: skip
 firsts = {}
 for messages, name in zip(helpful, category, strict=True):
     firsts.setdefault(str(name), " / ".join(m["content"] for m in messages if m["role"] == "user"))
-plots.texts("table_33.png", "Table 33: a held-out prompt of each kind", [*firsts.items()])
+plots.texts("table_33.png", "Table 33: a held-out prompt of each kind", [*firsts.items()], 0.2)
 texts = [games[runs[0], number, "helpfulness"]["texts"] for number in range(last + 1)]
 place = next((i for i, (a, b) in enumerate(zip(texts[0], texts[-1], strict=True)) if a != b), 0)
 said = [(f"V{number}", answers[place]) for number, answers in enumerate(texts)]
