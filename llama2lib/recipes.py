@@ -223,26 +223,31 @@ import types
 from collections.abc import Callable
 
 
-def _unfolded(value, where: str):
-    "A configuration as tagged plain data; a dataclass brings the code of its llama2lib module with it."
+def _spelled(value, tensors: dict[str, torch.Tensor], where: str) -> str:
+    """A configuration as text that differs where its contents do; tensors and arrays are added to `tensors`.
+
+    A dataclass brings the code of its llama2lib module with it. ValueError names what cannot be stored.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind = type(value)
         if not kind.__module__.startswith("llama2lib."):
-            raise ValueError(f"cached: {where} is a {kind.__name__}, not of llama2lib; pass its fields as a dict")
+            raise ValueError(f"{where} is a {kind.__name__}, not of llama2lib; pass its fields as a dict")
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return [kind.__qualname__, source_digest(f"import {kind.__module__}"), _unfolded(fields, where)]
+        return f"{kind.__qualname__} {source_digest(f'import {kind.__module__}')} {_spelled(fields, tensors, where)}"
     if isinstance(value, dict):
         items = sorted(value.items(), key=lambda pair: repr(pair[0]))
-        return ["dict", [[repr(key), _unfolded(item, f"{where}[{key!r}]")] for key, item in items]]
+        parts = (f"{key!r}: {_spelled(item, tensors, f'{where}[{key!r}]')}" for key, item in items)
+        return f"{{{', '.join(parts)}}}"
     if type(value) in (list, tuple):
-        return [type(value).__name__, [_unfolded(item, f"{where}[{i}]") for i, item in enumerate(value)]]
-    return ["path", str(value)] if isinstance(value, Path) else value
+        parts = (_spelled(item, tensors, f"{where}[{i}]") for i, item in enumerate(value))
+        return f"{type(value).__name__}[{', '.join(parts)}]"
+    return f"path {str(value)!r}" if isinstance(value, Path) else json.dumps(_pack(value, tensors, where))
 
 
 def _fingerprint(value, where: str) -> str:
     "Checksum of a configuration by content; ValueError if it has state that cannot be stored."
     tensors: dict[str, torch.Tensor] = {}
-    return _checksum(json.dumps(_pack(_unfolded(value, where), tensors, f"cached: {where}")), tensors)
+    return _checksum(_spelled(value, tensors, f"cached: {where}"), tensors)
 
 
 def _names_read(code: types.CodeType) -> set[str]:
