@@ -1211,6 +1211,7 @@ import tyro
 
 from llama2lib.cleaning import Copies, Rules, clean
 from llama2lib.corpus import PACKAGED, Stream, check_shares, mix, shares
+from llama2lib.launch import one_line_errors
 from llama2lib.tokenizer import train_tokenizer
 
 
@@ -1320,12 +1321,10 @@ def _tokenizer(config: ShardsConfig, documents: Callable[[], Iterator[str]]) -> 
     return tokenizer
 
 
+@one_line_errors()
 def cli() -> None:
     "python -m llama2lib.shards FOLDER [options]"
-    try:
-        shards = make_shards(tyro.cli(ShardsConfig, prog="python -m llama2lib.shards"))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    shards = make_shards(tyro.cli(ShardsConfig, prog="python -m llama2lib.shards"))
     print(f"{shards.folder}: {len(shards):,} tokens of {shards.header['documents']:,} documents, {shards.digest[:12]}")
 
 
@@ -1451,6 +1450,7 @@ from llama2lib.distributed import (
     training_tensors,
 )
 from llama2lib.formats import without_memory
+from llama2lib.launch import one_line_errors
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw, cosine_lr
 from llama2lib.recipes import write_atomic
@@ -2425,12 +2425,8 @@ def run(config: PretrainConfig) -> Path:
 def command(run: Callable, recipes: dict[str, tuple[str, object]], prog: str):
     "A stage's command line: run a recipe, {name: (description, record)}, with options; errors become one line."
     config = tyro.extras.overridable_config_cli(recipes, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
-    try:
+    with one_line_errors():
         run(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 @record
@@ -2552,6 +2548,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from llama2lib.distributed import check_tp, make_mesh, parallelize, training_tensors
+from llama2lib.launch import one_line_errors
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw
 from llama2lib.pretrain import PRETRAIN, PretrainConfig, micro_batches, next_token_loss, train_step
@@ -3219,16 +3216,14 @@ def table(found: list[tuple[PlanConfig, dict]]) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors()
 def cli():
     "python -m llama2lib.plan --model 70B --gpus 64: memory and speed of a pretraining run, before there are GPUs."
     config = tyro.cli(PlanConfig, prog="python -m llama2lib.plan", description=cli.__doc__)
     torch.set_num_threads(1)
-    try:
-        if not config.search:
-            return print(described(config, plan(config)))
-        found = search(config)
-    except ValueError as error:
-        raise SystemExit(f"plan: {error}") from None
+    if not config.search:
+        return print(described(config, plan(config)))
+    found = search(config)
     print(table(found), described(*found[0]), sep="\n\n")
 
 

@@ -1095,10 +1095,11 @@ def ppo(
                 policy, reference, value, tokenizer, [prompts[i] for i in numbers], [asked[i] for i in numbers], reward,
                 config, seeds, group,
             )  # fmt: skip
-            measured, counted, share = [], torch.zeros(3, device=device), config.minibatch // ranks
+            measured, opening, share = [], None, config.minibatch // ranks
+            counted = torch.zeros(3, device=device)
             for these in np.arange(len(numbers)).reshape(-1, share):
                 measured.append(update(policy, value, optimizers, batch, these, config, group, counted))
-                opening = counted[0].clone() if len(measured) == 1 else opening
+                opening = counted[0].clone() if opening is None else opening
         except FloatingPointError as error:
             raise FloatingPointError(f"iteration {step}: {error}") from None
         sums = torch.cat([batch.sums, counted[1:]])
@@ -1379,6 +1380,7 @@ from llama2lib.chat import Reply, respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.desk import Desk, Study, read_items
 from llama2lib.judge import scores
+from llama2lib.launch import one_line_errors
 from llama2lib.pairs import PAIRS, PairsConfig
 from llama2lib.ppo import PPO, PPOConfig
 from llama2lib.preferences import Preference, collect, helpfulness_mix, read_preferences, safety_mix, write_preferences
@@ -1730,15 +1732,13 @@ def run(config: RLHFConfig) -> Path:
     return Path(state["model"])
 
 
+@one_line_errors(RuntimeError)
 def cli(prog: str = "python -m llama2lib.rlhf"):
     "python -m llama2lib.rlhf RECIPE [options]: versions of a chat model, one after the other (section 3.2)."
     recipes = {
         name: (f"{len(c.versions)} versions, {c.batch} prompts a batch of comparisons", c) for name, c in RLHF.items()
     }
-    try:
-        run(tyro.extras.overridable_config_cli(recipes, prog=prog))
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.extras.overridable_config_cli(recipes, prog=prog))
 
 # %% [markdown]
 # ## On the mini world

@@ -63,6 +63,7 @@ from tqdm import tqdm
 
 from llama2lib.cleaning import language
 from llama2lib.corpus import path_documents
+from llama2lib.launch import one_line_errors
 from llama2lib.recipes import write_atomic
 
 Axes = Mapping[str, Mapping[str, Sequence[str]]]  # axis -> group -> terms, in lower case
@@ -318,12 +319,10 @@ def run(config: CompositionConfig) -> Survey:
     return found
 
 
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.composition"):
     "python -m llama2lib.composition FILES …: Tables 9 and 10 and Figure 13 for a corpus (section 4.1)."
-    try:
-        run(tyro.cli(CompositionConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(CompositionConfig, prog=prog))
 
 
 # %% [markdown]
@@ -456,6 +455,7 @@ from llama2lib.checkpoint import load_checkpoint, read_tensors
 from llama2lib.composition import Classifier, classifier
 from llama2lib.distributed import processes
 from llama2lib.generation import generate
+from llama2lib.launch import one_line_errors
 from llama2lib.model import Llama
 from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
@@ -783,14 +783,10 @@ def run(config: SafetyConfig) -> dict[str, dict[str, float]]:
 
 
 @record
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.safety"):
     "python -m llama2lib.safety --model FOLDER …: TruthfulQA, ToxiGen and BOLD; under torchrun, on all its ranks."
-    try:
-        run(tyro.cli(SafetyConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(SafetyConfig, prog=prog))
 
 
 # %% [markdown]

@@ -41,6 +41,8 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
+from llama2lib.launch import one_line_errors
+
 PUE = 1.1  # the data centre's power over its computers' (Llama 1, section 6)
 KG_PER_KWH = 0.385  # CO2 equivalent, mean of the grid of the United States (Llama 1, section 6)
 
@@ -343,13 +345,11 @@ class CarbonConfig:
     country: str | None = None  # ISO code of the grid; none: the paper's 0.385 kg/kWh
 
 
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.carbon"):
     "python -m llama2lib.carbon --gpu-hours N: tonnes of CO2 equivalent."
     import tyro
 
-    try:
-        config = tyro.cli(CarbonConfig, prog=prog)
-        factor = KG_PER_KWH if config.country is None else grid(config.country)
-        print(f"{emissions(config.gpu_hours, config.watts, config.pue, factor):,.3f} t of CO2 equivalent")
-    except (ValueError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    config = tyro.cli(CarbonConfig, prog=prog)
+    factor = KG_PER_KWH if config.country is None else grid(config.country)
+    print(f"{emissions(config.gpu_hours, config.watts, config.pue, factor):,.3f} t of CO2 equivalent")

@@ -231,8 +231,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from llama2lib.generation import Slots, check_prompts, check_settings, next_logits, plain_weights, prefill, row_streams
-from llama2lib.generation import sample
+from llama2lib.generation import decode
 from llama2lib.model import KVCache, Llama
 from llama2lib.tokenizer import Tokenizer
 
@@ -383,8 +382,8 @@ print(f"{len(pairs)} continuations of {len(questions)} contexts, each as read al
 # it decodes. A continuation that is decoded alone loses its own first space that way, and the body of a function is
 # then indented by three. `written_until` decodes prompt and continuation together.
 #
-# > Ours: the step and the rows of chapter 01's `generate`, with another end. A row leaves when its text holds a stop,
-# > and the next prompt takes its place; in the harness's own adapter it is computed on until the whole batch has ended.
+# > Ours: the loop of chapter 01's `generate`, with another end. A row leaves when its text holds a stop, and the next
+# > prompt takes its place; in the harness's own adapter it is computed on until the whole batch has ended.
 
 # %%
 #| export
@@ -393,9 +392,6 @@ def cut(text: str, until: Sequence[str]) -> str:
     for stop in until:
         text = text.split(stop, 1)[0]
     return text
-
-
-READ_TOGETHER = 2048  # tokens of prompts in one pass
 
 
 @torch.inference_mode()
@@ -417,52 +413,21 @@ def tokens_until(
     """
     if not all(until):
         raise ValueError("a stop is empty; expected text")
-    config, prompts, made = model.config, check_prompts(model, prompts), [[] for _ in prompts]
-    check_settings(config.vocab_size, max_new_tokens, temperature, top_p, tokenizer.eos_id, 1, batch)
-    streams = row_streams([0] * len(prompts) if seeds is None else seeds, len(prompts), 1)
-    if not prompts or max_new_tokens < 1:
-        return made
-    limits = [min(len(prompt) + max_new_tokens, config.max_seq_len) for prompt in prompts]
-    draws, size = max(limit - len(prompt) for limit, prompt in zip(limits, prompts, strict=True)), min(batch, len(made))
-    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    slots = Slots(model, size, max(limits), draws)
-    weights = plain_weights(model, model.tok_embeddings.weight.device.type == "cpu" and size >= 16)
+    made, eos_id = [[] for _ in prompts], tokenizer.eos_id
     reach = max((len(stop.encode()) for stop in until), default=0) + 4  # a token is a byte or more
-
-    def over(row: int) -> bool:
-        tokens = made[row]
-        if tokens[-1] == tokenizer.eos_id or len(prompts[row]) + len(tokens) == limits[row]:
-            return True
-        return bool(until) and any(map(tokenizer.decode(tokens[-reach:]).__contains__, until))
-
     bar = _bar(len(prompts), "writing", "text")
-    while slots.count or waiting:
-        first, free = slots.count, size - slots.count
-        if waiting and 8 * free >= size:
-            few = max(1, READ_TOGETHER // len(prompts[waiting[-1]]))
-            rows = [waiting.pop() for _ in range(min(free, len(waiting), few))]
-            read, logits = prefill(model, [prompts[row] for row in rows])
-            for place, row in enumerate(rows):
-                slots.add([row], streams[row].random((1, draws)), len(prompts[row]), limits[row], read, place)
-        else:
-            first, used = 0, slots.longest + slots.clock + 1
-            inputs = slots.inputs[:2, : slots.count]
-            logits = next_logits(weights, slots.cache, model.rope, inputs, used, slots.ragged, config.norm_eps)
-            slots.grow()
-        fresh, uniform = slice(first, slots.count), None
-        if temperature > 0:
-            uniform = slots.uniform[fresh].gather(1, slots.inputs[2, fresh, None])[:, 0]
-        drawn, logprobs = sample(logits, uniform, temperature, top_p)
-        slots.inputs[0, fresh] = drawn
-        rows, finite = slots.fixed[0, fresh].tolist(), logprobs.isfinite()
-        if not finite.all():
-            raise FloatingPointError(f"prompt {rows[int((~finite).nonzero()[0])]}: the logits are not finite")
-        for row, token in zip(rows, drawn.tolist(), strict=True):
+
+    def over(row: int, token: int) -> bool:
+        full = len(made[row]) == min(max_new_tokens, model.config.max_seq_len - len(prompts[row]))
+        stopped = bool(until) and any(map(tokenizer.decode(made[row][-reach:]).__contains__, until))
+        ended = token == eos_id or full or stopped
+        bar.update(ended)
+        return ended
+
+    seeds = [0] * len(prompts) if seeds is None else seeds
+    for step in decode(model, prompts, max_new_tokens, temperature, top_p, seeds, eos_id, 1, batch, False, over):
+        for row, token, _ in step:
             made[row].append(token)
-        ended = np.array([False] * first + [over(row) for row in rows])
-        if ended.any():
-            slots.remove(ended)
-            bar.update(int(ended.sum()))
     bar.close()
     return made
 
@@ -1146,6 +1111,7 @@ from llama2lib.continuations import over_ranks, written_until
 from llama2lib.distributed import processes
 from llama2lib.grammar import fill, wordings, written
 from llama2lib.judge import read_answer, read_task
+from llama2lib.launch import one_line_errors
 from llama2lib.model import Llama
 from llama2lib.programs import Problem, json_rows, pass_rate, read_humaneval, read_mbpp, solve
 from llama2lib.recipes import write_atomic
@@ -1626,16 +1592,12 @@ def run(config: EvaluateConfig) -> dict[str, dict]:
 
 
 @record
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.evaluate"):
     "python -m llama2lib.evaluate --model FOLDER --tasks NAMES --out FILE: benchmarks; under torchrun, on all ranks."
     import tyro
 
-    try:
-        run(tyro.cli(EvaluateConfig, prog=prog))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(EvaluateConfig, prog=prog))
 
 # %% [markdown]
 # Two processes divide the requests. The scores are those of one.
@@ -2063,6 +2025,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
+from llama2lib.launch import one_line_errors
 from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
 from llama2lib.shards import Shards
@@ -2833,14 +2796,12 @@ def run(config: ContaminationConfig) -> dict[int, dict[str, Subset]]:
     return tables
 
 
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.contamination"):
     "python -m llama2lib.contamination --data SHARDS --samples FILE: contaminated samples, and whether it helps them."
     import tyro
 
-    try:
-        run(tyro.cli(ContaminationConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(ContaminationConfig, prog=prog))
 
 # %%
 from contextlib import chdir

@@ -2340,12 +2340,13 @@ def side_by_side(calls: Sequence[tuple], title: str, workers: int | None = None)
     """Results of calls, each a function and its arguments, in order; several at a time, in processes of one thread.
 
     Functions are those that another process can import; what they take and return is pickled. title: of the one
-    progress bar. workers: processes, by default one for each core. The longest calls should come first. The first error
-    of a call is raised here, and no other call begins.
+    progress bar. workers: processes, by default one for each core; a single one, as for a single call, is this process
+    with all its threads. The longest calls should come first. The first error of a call is raised here, and no other
+    call begins.
     """
     from joblib import Parallel, delayed, parallel_config
 
-    workers = min(workers or os.cpu_count(), len(calls))  # a call alone runs in this process, on all its threads
+    workers = min(workers or os.cpu_count(), len(calls))
     silent = patch.dict(os.environ, TQDM_DISABLE="1")  # the processes show no bars of their own
     with silent, parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
         results = Parallel(return_as="generator")(delayed(function)(*arguments) for function, *arguments in calls)
@@ -2358,3 +2359,37 @@ from math import comb
 from llama2lib.launch import side_by_side
 
 side_by_side([(comb, 4, 2), (comb, 5, 2), (comb, 6, 2)], "combinations")
+
+# %% [markdown]
+# ## Errors of a command
+#
+# A file that is not there or a value that cannot be is the user's to mend: a command says so in one line. All other
+# errors are ours, and keep their traceback.
+
+# %%
+#| export launch
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def one_line_errors(*more: type[Exception]) -> Iterator[None]:
+    """Errors that a user can mend (files, values, packages, lost gradients; `more`) end the program with one line.
+
+    Under torchrun they are raised: it wants to know which rank failed where.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError, FloatingPointError, *more) as error:
+        if "RANK" in os.environ:
+            raise
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+# %%
+try:
+    with one_line_errors():
+        Path("nowhere.jsonl").read_text()
+except SystemExit as ended:
+    print(ended)
+

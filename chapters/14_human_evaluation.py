@@ -128,6 +128,7 @@ from llama2lib.desk import Desk, Study, check_item
 from llama2lib.dialog import Message, check_dialog
 from llama2lib.distributed import processes
 from llama2lib.judge import RATINGS
+from llama2lib.launch import one_line_errors
 from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import Scorer, load_scorer
@@ -1160,14 +1161,10 @@ def run(config: JudgeConfig) -> WinRate:
 
 
 @record
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.human_eval"):
     "python -m llama2lib.human_eval --first FILE --second FILE --judge FOLDER: a win rate; under torchrun on all ranks."
-    try:
-        run(tyro.cli(JudgeConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(JudgeConfig, prog=prog))
 
 
 # %%
@@ -1217,6 +1214,7 @@ from llama2lib.carbon import KG_PER_KWH, PUE, Energy, emissions, grid
 from llama2lib.checkpoint import read_tensors
 from llama2lib.distributed import StateFolder
 from llama2lib.formats import without_memory
+from llama2lib.launch import one_line_errors
 from llama2lib.ledger import table
 from llama2lib.model import LLAMA2, Llama, ModelConfig
 from llama2lib.pretrain import is_reward_folder
@@ -1837,11 +1835,9 @@ except ValueError as error:
 
 # %%
 #| export
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.card"):
     "python -m llama2lib.card --model FOLDER …: write the model card of a folder of weights (A.7)."
     import tyro
 
-    try:
-        print(run(tyro.cli(CardConfig, prog=prog)))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print(run(tyro.cli(CardConfig, prog=prog)))

@@ -50,6 +50,7 @@ from llama2lib.carbon import KG_PER_KWH, PUE, Energy, emissions, grid
 from llama2lib.checkpoint import read_tensors
 from llama2lib.distributed import StateFolder
 from llama2lib.formats import without_memory
+from llama2lib.launch import one_line_errors
 from llama2lib.ledger import table
 from llama2lib.model import LLAMA2, Llama, ModelConfig
 from llama2lib.pretrain import is_reward_folder
@@ -433,14 +434,12 @@ def run(config: CardConfig) -> Path:
 
 # ---------- chapters/14_human_evaluation.py · The card of Meta's weights
 
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.card"):
     "python -m llama2lib.card --model FOLDER …: write the model card of a folder of weights (A.7)."
     import tyro
 
-    try:
-        print(run(tyro.cli(CardConfig, prog=prog)))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print(run(tyro.cli(CardConfig, prog=prog)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ __all__ = [
     "HELP",
     "talk",
     "print_reply",
+    "DTYPES",
+    "needed",
+    "check_room",
     "cli",
     "widget",
 ]
@@ -54,17 +57,21 @@ def respond(
 import contextlib
 import html
 import importlib
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
-from llama2lib.checkpoint import load_checkpoint
+from llama2lib.checkpoint import load_checkpoint, read_tensors
 from llama2lib.dialog import TAGS
 from llama2lib.generation import stream
+from llama2lib.launch import one_line_errors
+from llama2lib.model import ModelConfig
 
 
 def fit(tokenizer: Tokenizer, messages: Sequence[Message], room: int) -> tuple[list[int], int]:
@@ -163,6 +170,7 @@ class ChatConfig:
 
     model: Path  # checkpoint folder, Hugging Face's layout or Meta's
     tokenizer: Path | None = None  # SentencePiece file; none: the one in the model's folder
+    dtype: Literal["bf16", "fp32"] | None = None  # of weights, keys and values; none: bf16 on a GPU, fp32 on a CPU
     system: str = ""  # the system message
     temperature: float = 0.6  # 0: always the likeliest token
     top_p: float = 0.9  # sample among the likeliest tokens that have this probability together
@@ -212,22 +220,40 @@ def print_reply(chat: Chat, text: str):
         print(f"not sent: {error}")
 
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def needed(shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
+    "Bytes of a model's weights, and of the keys and values of one conversation that fills its context."
+    return shape.num_params * dtype.itemsize, shape.max_seq_len * shape.kv_bytes_per_token(dtype.itemsize)
+
+
+def check_room(shape: ModelConfig, dtype: str, device: torch.device):
+    "Print what a model needs; ValueError if its weights are larger than the memory of a GPU, or of the machine."
+    weights, context = needed(shape, DTYPES[dtype])
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print(f"{shape.num_params:,} parameters in {dtype}: {weights / 1e9:,.1f} GB, "
+          f"and {context / 1e9:,.1f} GB for a conversation of {shape.max_seq_len:,} tokens")  # fmt: skip
+    if weights > room:
+        hint = "; --dtype bf16 takes half" if dtype == "fp32" else ""
+        raise ValueError(f"weights of {weights / 1e9:,.1f} GB do not fit into {room / 1e9:,.1f} GB of memory{hint}")
+
+
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.chat"):
     "python -m llama2lib.chat --model FOLDER: talk to a model in the terminal."
     config = tyro.cli(ChatConfig, prog=prog)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = config.dtype or ("bf16" if device.type == "cuda" else "fp32")
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # gives input() line editing and a history
-    try:
-        tokenizer = Tokenizer(config.tokenizer or config.model)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = load_checkpoint(config.model, device=device, dtype=dtype)
-        chat = Chat(
-            model, tokenizer, config.system, config.temperature, config.top_p, config.max_new_tokens, config.seed
-        )  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-    talk(chat)
+    tokenizer = Tokenizer(config.tokenizer or config.model)
+    check_room(read_tensors(config.model)[0], dtype, device)
+    model = load_checkpoint(config.model, device, DTYPES[dtype])
+    talk(Chat(model, tokenizer, config.system, config.temperature, config.top_p, config.max_new_tokens, config.seed))
 
 
 # ---------- chapters/03_sft.py · In a notebook

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from llama2lib.cleaning import language
 from llama2lib.corpus import path_documents
+from llama2lib.launch import one_line_errors
 from llama2lib.recipes import write_atomic
 
 Axes = Mapping[str, Mapping[str, Sequence[str]]]  # axis -> group -> terms, in lower case
@@ -262,12 +263,10 @@ def run(config: CompositionConfig) -> Survey:
     return found
 
 
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.composition"):
     "python -m llama2lib.composition FILES …: Tables 9 and 10 and Figure 13 for a corpus (section 4.1)."
-    try:
-        run(tyro.cli(CompositionConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(CompositionConfig, prog=prog))
 
 
 if __name__ == "__main__":

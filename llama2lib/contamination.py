@@ -44,6 +44,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
+from llama2lib.launch import one_line_errors
 from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
 from llama2lib.shards import Shards
@@ -407,14 +408,12 @@ def run(config: ContaminationConfig) -> dict[int, dict[str, Subset]]:
     return tables
 
 
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.contamination"):
     "python -m llama2lib.contamination --data SHARDS --samples FILE: contaminated samples, and whether it helps them."
     import tyro
 
-    try:
-        run(tyro.cli(ContaminationConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(ContaminationConfig, prog=prog))
 
 
 if __name__ == "__main__":

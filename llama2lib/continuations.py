@@ -4,7 +4,6 @@ __all__ = [
     "Likelihood",
     "loglikelihoods",
     "cut",
-    "READ_TOGETHER",
     "tokens_until",
     "written_until",
     "over_ranks",
@@ -24,8 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from llama2lib.generation import Slots, check_prompts, check_settings, next_logits, plain_weights, prefill, row_streams
-from llama2lib.generation import sample
+from llama2lib.generation import decode
 from llama2lib.model import KVCache, Llama
 from llama2lib.tokenizer import Tokenizer
 
@@ -153,9 +151,6 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text
 
 
-READ_TOGETHER = 2048  # tokens of prompts in one pass
-
-
 @torch.inference_mode()
 def tokens_until(
     model: Llama,
@@ -175,52 +170,21 @@ def tokens_until(
     """
     if not all(until):
         raise ValueError("a stop is empty; expected text")
-    config, prompts, made = model.config, check_prompts(model, prompts), [[] for _ in prompts]
-    check_settings(config.vocab_size, max_new_tokens, temperature, top_p, tokenizer.eos_id, 1, batch)
-    streams = row_streams([0] * len(prompts) if seeds is None else seeds, len(prompts), 1)
-    if not prompts or max_new_tokens < 1:
-        return made
-    limits = [min(len(prompt) + max_new_tokens, config.max_seq_len) for prompt in prompts]
-    draws, size = max(limit - len(prompt) for limit, prompt in zip(limits, prompts, strict=True)), min(batch, len(made))
-    waiting = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    slots = Slots(model, size, max(limits), draws)
-    weights = plain_weights(model, model.tok_embeddings.weight.device.type == "cpu" and size >= 16)
+    made, eos_id = [[] for _ in prompts], tokenizer.eos_id
     reach = max((len(stop.encode()) for stop in until), default=0) + 4  # a token is a byte or more
-
-    def over(row: int) -> bool:
-        tokens = made[row]
-        if tokens[-1] == tokenizer.eos_id or len(prompts[row]) + len(tokens) == limits[row]:
-            return True
-        return bool(until) and any(map(tokenizer.decode(tokens[-reach:]).__contains__, until))
-
     bar = _bar(len(prompts), "writing", "text")
-    while slots.count or waiting:
-        first, free = slots.count, size - slots.count
-        if waiting and 8 * free >= size:
-            few = max(1, READ_TOGETHER // len(prompts[waiting[-1]]))
-            rows = [waiting.pop() for _ in range(min(free, len(waiting), few))]
-            read, logits = prefill(model, [prompts[row] for row in rows])
-            for place, row in enumerate(rows):
-                slots.add([row], streams[row].random((1, draws)), len(prompts[row]), limits[row], read, place)
-        else:
-            first, used = 0, slots.longest + slots.clock + 1
-            inputs = slots.inputs[:2, : slots.count]
-            logits = next_logits(weights, slots.cache, model.rope, inputs, used, slots.ragged, config.norm_eps)
-            slots.grow()
-        fresh, uniform = slice(first, slots.count), None
-        if temperature > 0:
-            uniform = slots.uniform[fresh].gather(1, slots.inputs[2, fresh, None])[:, 0]
-        drawn, logprobs = sample(logits, uniform, temperature, top_p)
-        slots.inputs[0, fresh] = drawn
-        rows, finite = slots.fixed[0, fresh].tolist(), logprobs.isfinite()
-        if not finite.all():
-            raise FloatingPointError(f"prompt {rows[int((~finite).nonzero()[0])]}: the logits are not finite")
-        for row, token in zip(rows, drawn.tolist(), strict=True):
+
+    def over(row: int, token: int) -> bool:
+        full = len(made[row]) == min(max_new_tokens, model.config.max_seq_len - len(prompts[row]))
+        stopped = bool(until) and any(map(tokenizer.decode(made[row][-reach:]).__contains__, until))
+        ended = token == eos_id or full or stopped
+        bar.update(ended)
+        return ended
+
+    seeds = [0] * len(prompts) if seeds is None else seeds
+    for step in decode(model, prompts, max_new_tokens, temperature, top_p, seeds, eos_id, 1, batch, False, over):
+        for row, token, _ in step:
             made[row].append(token)
-        ended = np.array([False] * first + [over(row) for row in rows])
-        if ended.any():
-            slots.remove(ended)
-            bar.update(int(ended.sum()))
     bar.close()
     return made
 

@@ -61,6 +61,7 @@ from llama2lib.continuations import over_ranks, written_until
 from llama2lib.distributed import processes
 from llama2lib.grammar import fill, wordings, written
 from llama2lib.judge import read_answer, read_task
+from llama2lib.launch import one_line_errors
 from llama2lib.model import Llama
 from llama2lib.programs import Problem, json_rows, pass_rate, read_humaneval, read_mbpp, solve
 from llama2lib.recipes import write_atomic
@@ -487,16 +488,12 @@ def run(config: EvaluateConfig) -> dict[str, dict]:
 
 
 @record
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.evaluate"):
     "python -m llama2lib.evaluate --model FOLDER --tasks NAMES --out FILE: benchmarks; under torchrun, on all ranks."
     import tyro
 
-    try:
-        run(tyro.cli(EvaluateConfig, prog=prog))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(EvaluateConfig, prog=prog))
 
 
 if __name__ == "__main__":

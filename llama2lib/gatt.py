@@ -54,6 +54,7 @@ from llama2lib.chat import fit, respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.dialog import Message, check_dialog, encode_dialog, read_dialogs
 from llama2lib.distributed import processes
+from llama2lib.launch import one_line_errors
 from llama2lib.model import Llama, apply_rope
 from llama2lib.preferences import records
 from llama2lib.pretrain import train
@@ -456,16 +457,11 @@ def stage(recipe: GAttConfig) -> Callable[[object, Path, dict], dict]:
 
 
 @record
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.gatt"):
     "python -m llama2lib.gatt RECIPE [options]: make an instruction hold (section 3.3); under torchrun, on all ranks."
     about = {name: f"{config.samples} samples, peak lr {config.sft.lr:g}" for name, config in GATT.items()}
-    config = tyro.extras.overridable_config_cli({name: (about[name], c) for name, c in GATT.items()}, prog=prog)
-    try:
-        run(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.extras.overridable_config_cli({name: (about[name], c) for name, c in GATT.items()}, prog=prog))
 
 
 # ---------- chapters/06_gatt.py · Where a model looks (Figure 10)

@@ -244,7 +244,7 @@ def compiled_logits(weights: tuple, cache: KVCache, *others) -> Callable[..., Te
 
 # ---------- chapters/01_architecture.py · Rows come and go
 
-READ_TOGETHER = 16  # prompts in one pass
+READ_TOGETHER = 2048  # tokens of prompts in one pass
 
 
 class Slots:
@@ -309,8 +309,13 @@ def decode(
     num_samples: int,
     batch: int,
     compile: bool,
+    over: Callable[[int, int], bool] | None = None,
 ) -> Iterator[list[tuple[int, int, float]]]:
-    "Yield (row, token, log-probability) of some rows at a time. Arguments as in `generate`; runs in inference mode."
+    """Yield (row, token, log-probability) of some rows at a time; longer prompts come first. Runs in inference mode.
+
+    `over`: whether a row ends with this token, asked when the token has been yielded; None: at `eos_id`. Other
+    arguments and errors as in `generate`.
+    """
     prompts, context = check_prompts(model, prompts), model.config.max_seq_len
     check_settings(model.config.vocab_size, max_new_tokens, temperature, top_p, eos_id, num_samples, batch)
     streams = row_streams(seed, len(prompts), num_samples)
@@ -322,23 +327,26 @@ def decode(
     if compile:
         room = min(context, 2 ** (room - 1).bit_length())  # so that few shapes are compiled
     slots, weights = Slots(model, batch, room, draws), plain_weights(model, device.type == "cpu" and batch >= 16)
-    waiting, step = 0, None  # the next row to come in
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    waiting, step = 0, None  # how many rows have come in
     read = {}  # the prompts of the last pass: their cache, their row there, their logits
     while slots.count or waiting < len(streams):
         first, free = slots.count, batch - slots.count
         if waiting < len(streams) and 8 * free >= batch:
-            rows = range(waiting, min(waiting + free, len(streams)))
-            waiting = rows.stop
+            new = range(waiting, min(waiting + free, len(streams)))
+            waiting = new.stop
             logits = []
-            for i, samples in groupby(rows, lambda row: row // num_samples):
+            for turn, samples in groupby(new, lambda number: number // num_samples):
+                i = order[turn]
                 if i not in read:
-                    together = prompts[i : min(i + READ_TOGETHER, rows[-1] // num_samples + 1)]
-                    source, found = prefill(model, together)
-                    read = {i + place: (source, place, found[place]) for place in range(len(together))}
-                samples = list(samples)
-                uniform = np.stack([streams[row].random(draws) for row in samples])
-                slots.add(samples, uniform, len(prompts[i]), limits[i], *read[i][:2])
-                logits += [read[i][2]] * len(samples)
+                    few = max(1, READ_TOGETHER // len(prompts[i]))
+                    together = order[turn : min(turn + few, new[-1] // num_samples + 1)]
+                    source, found = prefill(model, [prompts[j] for j in together])
+                    read = {j: (source, place, found[place]) for place, j in enumerate(together)}
+                rows = [i * num_samples + number % num_samples for number in samples]
+                uniform = np.stack([streams[row].random(draws) for row in rows])
+                slots.add(rows, uniform, len(prompts[i]), limits[i], *read[i][:2])
+                logits += [read[i][2]] * len(rows)
             logits = torch.stack(logits)
         else:
             shown, used, ragged = slots.count, slots.longest + slots.clock + 1, slots.ragged
@@ -359,11 +367,12 @@ def decode(
             place = slots.inputs[2, first + bad].item()
             raise FloatingPointError(f"token {place} of row {rows[bad]}: the logits are not finite")
         yield list(zip(rows, tokens, logprobs, strict=True))
-        if slots.clock >= slots.full or eos_id in tokens:
+        ends = [token == eos_id for token in tokens] if over is None else [*map(over, rows, tokens)]
+        if slots.clock >= slots.full or any(ends):
             _, _, limit, length = slots.fixed[:, : slots.count]
             ended = length + slots.clock + 1 >= limit
             ended[:first] = False
-            ended[first:] |= [token == eos_id for token in tokens]
+            ended[first:] |= ends
             slots.remove(ended)
 
 @torch.inference_mode()

@@ -64,6 +64,7 @@ from llama2lib.desk import Desk, Study, check_item
 from llama2lib.dialog import Message, check_dialog
 from llama2lib.distributed import processes
 from llama2lib.judge import RATINGS
+from llama2lib.launch import one_line_errors
 from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import Scorer, load_scorer
@@ -502,14 +503,10 @@ def run(config: JudgeConfig) -> WinRate:
 
 
 @record
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.human_eval"):
     "python -m llama2lib.human_eval --first FILE --second FILE --judge FOLDER: a win rate; under torchrun on all ranks."
-    try:
-        run(tyro.cli(JudgeConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(JudgeConfig, prog=prog))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from llama2lib.distributed import check_tp, make_mesh, parallelize, training_tensors
+from llama2lib.launch import one_line_errors
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw
 from llama2lib.pretrain import PRETRAIN, PretrainConfig, micro_batches, next_token_loss, train_step
@@ -481,16 +482,14 @@ def table(found: list[tuple[PlanConfig, dict]]) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors()
 def cli():
     "python -m llama2lib.plan --model 70B --gpus 64: memory and speed of a pretraining run, before there are GPUs."
     config = tyro.cli(PlanConfig, prog="python -m llama2lib.plan", description=cli.__doc__)
     torch.set_num_threads(1)
-    try:
-        if not config.search:
-            return print(described(config, plan(config)))
-        found = search(config)
-    except ValueError as error:
-        raise SystemExit(f"plan: {error}") from None
+    if not config.search:
+        return print(described(config, plan(config)))
+    found = search(config)
     print(table(found), described(*found[0]), sep="\n\n")
 
 

@@ -348,10 +348,11 @@ def ppo(
                 policy, reference, value, tokenizer, [prompts[i] for i in numbers], [asked[i] for i in numbers], reward,
                 config, seeds, group,
             )  # fmt: skip
-            measured, counted, share = [], torch.zeros(3, device=device), config.minibatch // ranks
+            measured, opening, share = [], None, config.minibatch // ranks
+            counted = torch.zeros(3, device=device)
             for these in np.arange(len(numbers)).reshape(-1, share):
                 measured.append(update(policy, value, optimizers, batch, these, config, group, counted))
-                opening = counted[0].clone() if len(measured) == 1 else opening
+                opening = counted[0].clone() if opening is None else opening
         except FloatingPointError as error:
             raise FloatingPointError(f"iteration {step}: {error}") from None
         sums = torch.cat([batch.sums, counted[1:]])

@@ -55,6 +55,7 @@ from llama2lib.distributed import (
     training_tensors,
 )
 from llama2lib.formats import without_memory
+from llama2lib.launch import one_line_errors
 from llama2lib.model import LLAMA2, Llama
 from llama2lib.optim import adamw, cosine_lr
 from llama2lib.recipes import write_atomic
@@ -448,12 +449,8 @@ def run(config: PretrainConfig) -> Path:
 def command(run: Callable, recipes: dict[str, tuple[str, object]], prog: str):
     "A stage's command line: run a recipe, {name: (description, record)}, with options; errors become one line."
     config = tyro.extras.overridable_config_cli(recipes, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
-    try:
+    with one_line_errors():
         run(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 @record

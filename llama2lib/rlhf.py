@@ -48,6 +48,7 @@ from llama2lib.chat import Reply, respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.desk import Desk, Study, read_items
 from llama2lib.judge import scores
+from llama2lib.launch import one_line_errors
 from llama2lib.pairs import PAIRS, PairsConfig
 from llama2lib.ppo import PPO, PPOConfig
 from llama2lib.preferences import Preference, collect, helpfulness_mix, read_preferences, safety_mix, write_preferences
@@ -385,15 +386,13 @@ def run(config: RLHFConfig) -> Path:
     return Path(state["model"])
 
 
+@one_line_errors(RuntimeError)
 def cli(prog: str = "python -m llama2lib.rlhf"):
     "python -m llama2lib.rlhf RECIPE [options]: versions of a chat model, one after the other (section 3.2)."
     recipes = {
         name: (f"{len(c.versions)} versions, {c.batch} prompts a batch of comparisons", c) for name, c in RLHF.items()
     }
-    try:
-        run(tyro.extras.overridable_config_cli(recipes, prog=prog))
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.extras.overridable_config_cli(recipes, prog=prog))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from llama2lib.checkpoint import load_checkpoint, read_tensors
 from llama2lib.composition import Classifier, classifier
 from llama2lib.distributed import processes
 from llama2lib.generation import generate
+from llama2lib.launch import one_line_errors
 from llama2lib.model import Llama
 from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
@@ -356,14 +357,10 @@ def run(config: SafetyConfig) -> dict[str, dict[str, float]]:
 
 
 @record
+@one_line_errors()
 def cli(prog: str = "python -m llama2lib.safety"):
     "python -m llama2lib.safety --model FOLDER …: TruthfulQA, ToxiGen and BOLD; under torchrun, on all its ranks."
-    try:
-        run(tyro.cli(SafetyConfig, prog=prog))
-    except (ValueError, OSError, ImportError) as error:
-        if "RANK" in os.environ:  # torchrun wants to know which rank failed where
-            raise
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    run(tyro.cli(SafetyConfig, prog=prog))
 
 
 # ---------- chapters/07_safety.py · False refusals

@@ -294,6 +294,7 @@ import tyro
 
 from llama2lib.cleaning import Copies, Rules, clean
 from llama2lib.corpus import PACKAGED, Stream, check_shares, mix, shares
+from llama2lib.launch import one_line_errors
 from llama2lib.tokenizer import train_tokenizer
 
 
@@ -403,12 +404,10 @@ def _tokenizer(config: ShardsConfig, documents: Callable[[], Iterator[str]]) -> 
     return tokenizer
 
 
+@one_line_errors()
 def cli() -> None:
     "python -m llama2lib.shards FOLDER [options]"
-    try:
-        shards = make_shards(tyro.cli(ShardsConfig, prog="python -m llama2lib.shards"))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    shards = make_shards(tyro.cli(ShardsConfig, prog="python -m llama2lib.shards"))
     print(f"{shards.folder}: {len(shards):,} tokens of {shards.header['documents']:,} documents, {shards.digest[:12]}")
 
 

@@ -128,7 +128,7 @@ def test_logits_that_are_not_finite_stop_the_run(chat, tokenizer):
         loglikelihoods(model, [([1], [2])])
     broken = random_model("GQA", vocab_size=tokenizer.vocab_size)
     broken.output.weight.data[:] = torch.nan
-    with pytest.raises(FloatingPointError, match="prompt 0: the logits are not finite"):
+    with pytest.raises(FloatingPointError, match="row 0: the logits are not finite"):
         tokens_until(broken, tokenizer, [[1]])
 
 

