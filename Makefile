@@ -58,7 +58,7 @@ ledger: env  ## judge the claims and write figures/ledger.json (SEEDS=3,4,5 for 
 	for chapter in $(sort $(wildcard chapters/[0-9]*.py)); do $(PY) $$chapter || exit 1; done && \
 	$(PY) -m llama2lib.ledger $(if $(COMPARE),--compare,--since $$since)
 
-bench: env  ## timings as ratios: to transformers, SentencePiece, a bare training loop, TRL (installed first), lm-eval
+bench: env  ## timings as ratios to transformers, TRL (installed first), lm-eval, SentencePiece, a bare loop; one table
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(PY) tests/benchmarks/run.py
 	$(PY) tests/benchmarks/data.py
@@ -69,6 +69,7 @@ bench: env  ## timings as ratios: to transformers, SentencePiece, a bare trainin
 	$(PY) tests/benchmarks/consolidated.py
 	$(PY) tests/benchmarks/evaluate.py
 	$(PY) tests/benchmarks/contamination.py
+	$(PY) tests/benchmarks/table.py
 
 lab: env  ## open the chapters in Jupyter
 	$(PY) -m jupyterlab chapters --port $(PORT)

@@ -1,6 +1,7 @@
 """The README's examples run as printed, on a small model in place of Meta's."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -41,6 +42,11 @@ def test_the_example_scores_an_answer(tmp_path, monkeypatch, capsys):
     exec(EXAMPLES[1], names)
     scores = names["scorer"]([names["dialog"]])
     assert capsys.readouterr().out == f"{scores}\n" and scores[0]
+
+
+def test_the_timings_are_those_of_the_benchmarks():
+    table = runpy.run_path(str(README.parent / "tests" / "benchmarks" / "table.py"))["table"]()
+    assert table in README.read_text() and "| training step | transformers | 1." in table
 
 
 COMMANDS = re.findall(r"-m (llama2lib\.\w+) ([^\n#]*)", README.read_text())

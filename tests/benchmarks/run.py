@@ -1,6 +1,6 @@
 """Timings beside transformers, as ratios: the median of interleaved pairs in one run, same weights, same dtype.
 
-make bench                 all sizes, twenty minutes; the table goes to results.json and to the README
+make bench                 all sizes, twenty minutes; the ratios go to results.json
 python tests/benchmarks/run.py --widths 128 --pairs 3 --no-save
 """
 
@@ -26,12 +26,10 @@ from transformers.utils import logging
 
 from llama2lib.checkpoint import save_checkpoint
 from llama2lib.generation import generate
-from llama2lib.ledger import with_block
 from llama2lib.model import LLAMA2, Llama, swiglu_width
 from llama2lib.pretrain import next_token_loss
 from llama2lib.recipes import write_atomic
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAINING_ROWS, TRAINING_TOKENS = 16, 256
 PROMPT, NEW_TOKENS = 16, 128  # of generation with equal lengths
 PROMPTS, SAMPLES, LIMIT, MEAN = 64, 8, 256, 64  # of the workload of RLHF: lengths fall with this mean
@@ -206,20 +204,6 @@ def workload(width: int, pairs: int) -> list[dict]:
     return [row(f"{PROMPTS} prompts × {SAMPLES} samples", width, ours_each, theirs_each, 1)]
 
 
-def table(results: list[dict], widths: list[int]) -> str:
-    "Markdown: a line a task, a column a width."
-    lines = ["| | " + " | ".join(f"width {width}" for width in widths) + " |", "|---" * (len(widths) + 1) + "|"]
-    found = {(row["task"], row["width"]): row for row in results}
-    for task in dict.fromkeys(row["task"] for row in results):
-        cells = []
-        for width in widths:
-            one = found.get((task, width))
-            share = f", {one['share']:.0%}" if one and "share" in one else ""
-            cells.append(f"{one['ratio']:.2f}{share}" if one else "")
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def processor() -> str:
     "The processor's name, where Linux says it."
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -235,7 +219,7 @@ def main(
     threads: int = 1,
     save: bool = True,
 ):
-    """Time training and generation against transformers; store the table beside this file and in the README.
+    """Time training and generation against transformers; store the ratios beside this file.
 
     Args:
         widths: model widths.
@@ -243,7 +227,7 @@ def main(
         workload_widths: those that get the workload of RLHF, which takes transformers minutes.
         workload_pairs: its interleaved pairs.
         threads: threads PyTorch may use.
-        save: write results.json and the README's table.
+        save: write results.json.
     """
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
@@ -266,8 +250,6 @@ def main(
     if save:
         stored = json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
         write_atomic(Path(__file__).with_name("results.json"), stored)
-        text = f"\n{machine}.\n\n{table(results, list(widths))}\n"
-        write_atomic(ROOT / "README.md", with_block(ROOT / "README.md", text, "bench"))
 
 
 if __name__ == "__main__":
