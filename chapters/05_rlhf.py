@@ -1352,7 +1352,7 @@ for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "pa
 # > model, so that they know what the answers' writer knows (section 3.2.2), or they go on learning (`--renew`). With
 # > `--public`, those for helpfulness begin with a reward model of public comparisons, which stay in the mixture.
 # > Fine-tuning goes on from the version before, or with `--base` starts at the base model again; the paper can be read
-# > either way.
+# > either way ('always starting from the base model' stands in a sentence about temperatures).
 
 # %%
 #| default_exp rlhf
@@ -2611,8 +2611,9 @@ verdict("Figure 25", "share of 'negligibly better', the last batch minus the fir
 # ### Diversity (Figure 21)
 #
 # Self-BLEU of 25 answers to a prompt: each one's BLEU with the others as references, so that 100 means that all are
-# alike. In the paper it falls with the temperature, and RLHF makes that fall smaller for factual prompts, whatever the
-# temperature, while creative ones keep theirs. Ours: ten questions about things, and ten wishes for a story.
+# alike. In the paper it falls with the temperature, and RLHF makes that fall smaller for factual prompts. Creative ones
+# keep theirs, says the text of section 5.1; in the figure it becomes smaller for them too, by about half as much. Ours:
+# ten questions about things, and ten wishes for a story.
 
 # %%
 def self_bleu(texts: list[str]) -> float:
@@ -2779,3 +2780,101 @@ launch("llama2lib.ppo", "paper", *options, "--out", "runs/7B-ppo", nproc=8, gpus
 options = ["--model", "/shared/34B-sft", "--helpfulness", "/shared/34B-helpfulness", "--safety", "/shared/34B-safety"]
 options += ["--prompts", "/shared/prompts.jsonl", "--out", "/shared/runs/34B-ppo"]
 _ = launch("llama2lib.ppo", "paper-34B", *options, nproc=8, nnodes=32, gpus=True)
+
+# %% [markdown]
+# ## What it took
+#
+# - The two algorithms are a page each; the program around them is the larger part. What has to be right is small:
+#   logits instead of probabilities, the gate before the whitening, whitening over all ranks, log-probabilities at the
+#   temperature of the samples, a ratio of 1 in the first minibatch, and new comparisons before each new version.
+# - What held: rejection sampling raises gold helpfulness, and the rewards of held-out prompts rise (Equation 3); the
+#   bag keeps the helpfulness that rounds of adversarial prompts cost; a large model's best answers teach a small one
+#   (section 3.2.3); the last version beats its teacher more often than the first, by both judges (Figure 11); and with
+#   the helpfulness model alone PPO spends safety.
+# - Three seeds left open whether PPO helps with people and things that are new, whether both reward models keep safety
+#   for certain, how the best temperature moves (Figure 8), and where a fine-tuning should begin.
+# - For helpfulness a single cool answer teaches about as much as the best of eight; it is safety where the choice
+#   counts.
+# - The authors have seen no divergence of their reward from a more general one (section 3.4.1). We do: an independent
+#   reward model, and the judge, see much less of PPO's gain than the policy's own.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. The rewards of a policy's answers are normally distributed, with variance 1. How many nats away from the policy is
+#    the distribution of the best of 8 answers? Which β has the optimum of Equation 4 as far away, and which of the two
+#    has the higher reward? How far away would the paper's β of 0.01 let it go?
+# 2. Somebody takes the formula of $\tilde R_c$ as it is printed: reward models that end with a sigmoid, and a logit
+#    before the whitening. From which score on does it break, in float32 and in bfloat16? Which answers does it hit?
+# 3. A token's ratio is 0.7, 1 or 1.3, and its advantage 1 or −1. In which of the six cases does PPO's loss with a clip
+#    threshold of 0.2 have no gradient?
+
+# %% [markdown]
+# The best of K is log K − 1 + 1/K nats away. The optimum of Equation 4 is $\pi_0\,e^{R/\beta}$, normalised: 1/(2β²)
+# nats away, with a mean reward of 1/β. At the same distance it has a little more reward, as it must: rejection sampling
+# is close to the best that a step of its size can do. A β of 0.01 would let the policy go 5,000 nats, so that it cannot
+# be the penalty alone that holds it; the small learning rate and early stopping are left.
+
+# %%
+import numpy as np
+from scipy.stats import norm
+
+answers, samples = 20_000, 8
+rank = np.arange(answers + 1) / answers
+reward = norm.ppf(rank[1:] - 0.5 / answers)
+
+
+def nats(policy):
+    "The KL divergence from a policy that gives every answer equally often."
+    return (policy * np.log(policy * answers)).sum()
+
+
+best = np.diff(rank**samples)  # how likely each answer is to be the best of the samples
+beta = 1 / np.sqrt(2 * nats(best))
+tilted = np.exp(reward / beta) / np.exp(reward / beta).sum()
+for name, policy in ((f"best of {samples}", best), (f"Equation 4, β {beta:.2f}", tilted)):
+    print(f"{name}: {nats(policy):.2f} nats, reward {policy @ reward:.2f}")
+print(f"Equation 4, β 0.01: {1 / (2 * 0.01**2):,.0f} nats, reward {1 / 0.01:.0f}")
+assert abs(nats(best) - (np.log(samples) - 1 + 1 / samples)) < 1e-3
+assert abs(nats(tilted) - nats(best)) < 0.01 and best @ reward < tilted @ reward
+
+# %% [markdown]
+# The largest number below 1 is $1-2^{-24}$ in float32, with a logit of 16.6, and $1-2^{-8}$ in bfloat16, with a logit
+# of 5.5. What is larger becomes infinite, and one such answer, the best of its batch, leaves no reward of the batch
+# finite. Bad answers come to no harm: near 0 there are many more numbers.
+
+# %%
+import torch
+
+from llama2lib.ppo import combined_reward, whiten
+
+first_lost = {}
+for dtype in (torch.float32, torch.bfloat16):
+    logits = torch.arange(-30, 31).to(dtype)
+    back = logits.sigmoid().logit()
+    first_lost[dtype] = int(logits[back == torch.inf].min())
+    print(f"{dtype}: infinite from a logit of {first_lost[dtype]} on; -30 comes back as {back[0]:.1f}")
+safety, helpful = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([1.0, 3.0, 20.0])
+logits = combined_reward(safety, helpful, torch.zeros(3, dtype=torch.bool))
+kept, lost = whiten(logits), whiten(logits.sigmoid().logit())
+print(f"whitened: {kept.numpy().round(2)}, of probabilities: {lost.numpy()}")
+assert kept.isfinite().all() and not lost.isfinite().any()
+assert first_lost == {torch.float32: 17, torch.bfloat16: 7}
+
+# %% [markdown]
+# There is none where the ratio has already moved beyond the threshold in the direction of the advantage. A move in the
+# wrong direction is corrected from any distance.
+
+# %%
+import torch
+
+from llama2lib.ppo import ppo_losses
+
+ratios, learns = torch.tensor([0.7, 1.0, 1.3]), {}
+for advantage in (1.0, -1.0):
+    logprobs = ratios.log().requires_grad_()
+    ppo_losses(logprobs, torch.zeros(3), torch.full((3,), advantage), clip=0.2).sum().backward()
+    learns[advantage] = (logprobs.grad != 0).tolist()
+    for ratio, gradient in zip(ratios.tolist(), logprobs.grad.tolist(), strict=True):
+        print(f"advantage {advantage:+.0f}, ratio {ratio:.1f}: gradient {gradient + 0:+.1f}")
+assert learns == {1.0: [True, True, False], -1.0: [False, True, True]}
