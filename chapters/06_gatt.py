@@ -1249,3 +1249,92 @@ _ = launch("llama2lib.gatt", "paper", *options, nproc=8, gpus=True)
 # %% [markdown]
 # As a stage of chapter 05's program, in a script: `rlhf.STAGES["gatt"] = gatt.stage(recipe)`, where
 # `recipe` is a `GAttConfig` with the file of conversations; then a version `"collect reward reject tune gatt"`.
+
+# %% [markdown]
+# ## What it took
+#
+# - Ghost Attention has no code in the attention: it is data with the instruction once, in front, and a mask with one
+#   span, at the end. The care goes into the distances at which the instruction stands, and into what the earlier
+#   answers show.
+# - What held: over all kinds of instructions it is as good as the instruction in every message, long after plain
+#   fine-tuning has forgotten it; an attribute is recalled up to turn 20, though not every time (Table 30); more
+#   attention goes to the instruction (Figure 10); and helpfulness without one does not suffer.
+# - What did not: an instruction of a kind that Ghost Attention never saw (Figure 28). A model of this size copies what
+#   it has copied before.
+# - Every seed is worse without the mask, and every seed with the paper's data alone, whose earlier answers never obey;
+#   but seeds differ so much that three leave both open.
+# - The surprise is where the paper's data fail: not behind answers that disobey, which they are made of, but behind the
+#   model's own, which obey.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. A model that attends to all tokens alike has never learned where to look. What does it give to an instruction of 20
+#    tokens, as the conversation grows? What follows for reading Figure 10?
+# 2. Conversations have 2 to 20 turns, all lengths equally often, and `contexts` cuts each at a turn drawn at random. In
+#    how many examples stand ten turns or more between the instruction and the message to answer? In how many if all
+#    were cut at their last turn, and what would be missing then?
+# 3. Table 30 prints 100, 10 and 0 %, and not of how many conversations. With how few can it be true? How many right
+#    answers of as many would show a recall above 95 %?
+
+# %% [markdown]
+# Its share falls as one over the length, without anything being forgotten. So a map that fades to the right proves
+# nothing by itself; what counts is that it stays above this line, or the map of another model on the same tokens.
+
+# %%
+import torch
+
+from llama2lib.gatt import attention_mass
+from llama2lib.model import Llama, ModelConfig
+
+torch.manual_seed(0)
+shape = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=64, vocab_size=50, max_seq_len=512)
+model = Llama(shape)
+for layer in model.layers:
+    torch.nn.init.zeros_(layer.attention.wq.weight)
+tokens, instruction = torch.randint(50, (512,)).tolist(), slice(5, 25)
+mass = attention_mass(model, tokens, instruction)
+for place in (24, 63, 127, 255, 511):
+    print(f"token {place + 1}: {mass[place]:.3f} of its attention to the instruction")
+uniform = 20 / torch.arange(1, 513)
+assert torch.allclose(mass[24:], uniform[24:], atol=1e-5)
+
+# %% [markdown]
+# A conversation of n turns has each of its n cuts with the same probability, so near ones are the more frequent. Cut at
+# the end there would be three times as many far ones, and none in which the instruction's own message is answered.
+
+# %%
+from types import SimpleNamespace
+
+import numpy as np
+
+from llama2lib.gatt import Instruction, contexts
+
+letters = SimpleNamespace(encode=lambda text, bos=False, eos=False: [1] * bos + [*text.encode()] + [2] * eos)
+turn = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
+lengths = np.repeat(np.arange(2, 21), 150)
+napoleon = Instruction("Always act as Napoleon from now.", "Figure: Napoleon.")
+cuts = contexts([turn * count for count in lengths], [napoleon], letters, room=10_000, seed=0)
+between = np.array([len(cut.messages) // 2 for cut in cuts])
+for name, least, most in (("none", 0, 1), ("1 to 9", 1, 10), ("10 to 19", 10, 20)):
+    drawn, at_end = (np.mean((least <= x) & (x < most)) for x in (between, lengths - 1))
+    derived = np.mean([(np.arange(least, most) < count).sum() / count for count in lengths])
+    print(f"{name} turns between: {derived:.1%} derived, {drawn:.1%} drawn; {at_end:.1%} if cut at the end")
+    assert abs(drawn - derived) < 0.03
+
+# %% [markdown]
+# Ten are enough, and ten right answers of ten are compatible with a recall of 75 %. It takes 59.
+
+# %%
+import itertools
+
+from llama2lib import paper
+
+table = paper.PAPER["Table 30"]
+printed = {row[name] for row in table.values() for name in ("baseline", "GAtt")}
+asked = next(n for n in itertools.count(1) if printed <= {round(100 * right / n) for right in range(n + 1)})
+print(f"{sorted(printed)} % can come of {asked} conversations")
+for n in (asked, 59, 299):
+    least = 0.05 ** (1 / n)  # a recall with which n right answers of n have a probability of 5 %
+    print(f"{n} of {n} right: the recall is above {least:.1%}, with 95 % confidence")
+assert asked == 10 and 0.05 ** (1 / 58) < 0.95 < 0.05 ** (1 / 59)
