@@ -2056,10 +2056,10 @@ def illustrated(item: str, claim: str, figure: str, printed=None, ours=None):
 # %% [markdown]
 # ### Do the raters agree?
 #
-# Section A.3.7 of the paper reports Gwet's AC1 (categories) and AC2 (ordered ratings): agreement beyond chance, where
-# chance is measured in a way that stays sane when nearly all items fall in one category. The known Python package,
-# irrCAC, pins old versions of NumPy and SciPy, and `agreement` gives no interval; so this is Gwet's formula (2014,
-# chapters 4 and 5; the variance is that of 2008), and the tests compare it with irrCAC's output.
+# Sections 3.4.2 and 4.4 of the paper report Gwet's AC1 (categories) and AC2 (ordered ratings): agreement beyond chance,
+# where chance is measured in a way that stays sane when nearly all items fall in one category. The known Python
+# package, irrCAC, pins old versions of NumPy and SciPy, and `agreement` gives no interval; so this is Gwet's formula
+# (2014, chapters 4 and 5; the variance is that of 2008), and the tests compare it with irrCAC's output.
 
 # %%
 #| export stats
@@ -2393,3 +2393,91 @@ try:
 except SystemExit as ended:
     print(ended)
 
+# %% [markdown]
+# ## What it took
+#
+# - Typing numbers is easy to get wrong, and the paper checks the typist: it repeats, sums and averages its own tables.
+#   Nearly all of it fits to the last digit. What does not is the paper's own: *Math* of two models in Table 3, the
+#   total of Table 6, Falcon's prompts in Table 32, the 75 % against Vicuna-33B, and a few more, each a `slip` in the
+#   ledger.
+# - A verdict is computed from a criterion that was there before the run. That is little code; most of the ledger
+#   refuses what does not fit, and reads every row again.
+# - Three seeds say little about how much seeds differ. A bootstrap over three hides that, Student's t does not, and the
+#   price is many verdicts that stay open.
+# - A result may be kept only while everything it depends on is in its key. Hence a function that reads data from around
+#   it is refused; files and random states still have to be watched by hand.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Seeds differ with a standard deviation of 0.2, scores of single prompts with 0.7, and there are 100 prompts. How
+#    large must an effect be, so that the ledger says 'holds' in at least half of the experiments? With five seeds?
+# 2. Section 4.4 reports an AC2 of 0.92 for ratings that are nearly all 'safe'. Why Gwet's coefficient, and not the
+#    better known kappa?
+# 3. Table 8 has accuracies by rating and an average, Figure 25 has the shares of the ratings in each weekly batch. Can
+#    any weights of the batches give that average?
+
+# %% [markdown]
+# With three seeds it must be more than twice as large as seeds differ, with five hardly one and a half times. Two more
+# seeds do more than any number of prompts: the quantile of Student's t falls from 4.3 to 2.8.
+
+# %%
+import numpy as np
+
+from llama2lib.ledger import compare_to_bound
+from llama2lib.stats import paired_interval
+
+
+def power(n_seeds: int, effect: float, experiments: int = 200) -> float:
+    "Share of experiments in which an effect is found."
+    random, found = np.random.default_rng(0), []
+    for _ in range(experiments):
+        scores = effect + random.normal(0, 0.2, (n_seeds, 1)) + random.normal(0, 0.7, (n_seeds, 100))
+        interval = paired_interval(scores, 0 * scores)[1:]
+        found.append(compare_to_bound(">", 0, interval, dict(enumerate(scores.mean(1)))) == "holds")
+    return float(np.mean(found))
+
+
+for n_seeds in (3, 5):
+    print(n_seeds, "seeds:", ", ".join(f"{power(n_seeds, e):.0%} of effects of {e}" for e in (0.1, 0.3, 0.5, 0.7)))
+assert power(3, 0.3) < 0.5 < power(5, 0.3) and power(3, 0.7) > 0.5
+
+# %% [markdown]
+# Kappa takes for chance what two raters would share if each threw a die with the shares seen. Where nearly all is safe,
+# that chance is nearly one, and raters of the same care get a low kappa. Gwet's chance is small there. The two agree
+# where both categories are equally frequent.
+
+# %%
+import numpy as np
+
+from llama2lib.stats import gwet_ac1
+
+random, found = np.random.default_rng(0), {}
+for unsafe in (0.5, 0.1, 0.02):
+    truth = random.random(4000) < unsafe
+    ratings = truth[:, None] ^ (random.random((4000, 3)) < 0.03)  # three raters, who err in 3 % of the items
+    votes = ratings.sum(1)
+    agreed = np.mean((votes * (votes - 1) + (3 - votes) * (2 - votes)) / 6)
+    chance = ratings.mean() ** 2 + (1 - ratings.mean()) ** 2
+    found[unsafe] = (agreed - chance) / (1 - chance), gwet_ac1(ratings.astype(int), categories=(0, 1)).value
+    kappa, ac1 = found[unsafe]
+    print(f"{unsafe:.0%} unsafe: two raters agree on {agreed:.1%}; Fleiss' kappa {kappa:.2f}, AC1 {ac1:.2f}")
+assert abs(found[0.5][0] - found[0.5][1]) < 0.01 and found[0.02][0] < 0.5 < 0.9 < found[0.02][1]
+
+# %% [markdown]
+# For the helpfulness tests, yes: some batches give more, others less. For the safety tests every batch gives too much,
+# and so does any mean of them. Pairs about safety must be closer calls than Meta's comparisons as a whole.
+
+# %%
+from llama2lib.paper import PAPER
+
+shares = PAPER["Figure 25"]
+for row, cells in PAPER["Table 8"].items():
+    means = [
+        sum(cells[rating] * share[batch] for rating, share in shares.items()) / 100 for batch in shares["significantly"]
+    ]
+    print(f"{row:<32}{min(means):.1f} to {max(means):.1f} by batch, {cells['Avg']} printed")
+    if row.endswith("Meta Helpful"):
+        assert min(means) < cells["Avg"] < max(means)
+    else:
+        assert cells["Avg"] < min(means) - 1
