@@ -723,9 +723,10 @@ illustrated("Figure 31", "win rate in each fifth of the prompts by words (%)", "
 # which is asked to choose. `load_chat` makes a chat of a model's folder; around the interface of a service it is one
 # line, `lambda dialogs: [ask(messages) for messages in dialogs]`.
 #
-# Whoever is asked may answer anything. A verdict counts when a line consists of a letter and at most a word like
-# *Answer*, or when it stands in double brackets; *A good answer would …* is no verdict for A. What cannot be read, or
-# says two things, is counted as unread, neither as a tie nor as a loss. Equal answers are not asked.
+# Whoever is asked may answer anything. A verdict counts when it stands in double brackets, or when the first or the
+# last line is a letter, with at most words like *The better answer is* before it and reasons after a full stop; *A good
+# answer would …* is no verdict for A. What cannot be read, or says two things, is counted as unread, neither as a tie
+# nor as a loss. Equal answers are not asked.
 
 # %%
 #| export
@@ -1841,3 +1842,89 @@ def cli(prog: str = "python -m llama2lib.card"):
     import tyro
 
     print(run(tyro.cli(CardConfig, prog=prog)))
+
+# %% [markdown]
+# ## What it took
+#
+# - The paper's shares fit together: Figure 1 is Figure 12 weighted by Table 32, with one slip in a count of prompts,
+#   and its intervals are as wide as it says. The 75 % against Vicuna-33B that the text claims are not in the figure.
+# - That the last version of ours beats V0 stayed unclear by simulated raters, since one seed hardly gains. In safety it
+#   holds by both judges. In helpfulness it holds by the reward model, which the versions were made with, and not by the
+#   gold judge: the bias that section 3.4.1 warns of.
+# - A system prompt decided a comparison in the paper, and does here, the other way round: ours costs helpful prompts,
+#   since care is what the model learned preprompts to mean. Long conversations matter here, and did not there.
+# - A model that judges needs more care than a person at a screen: a random order, a reply that is read or counted as
+#   unread, and a look at its own leaning.
+# - A card writes itself where a folder of weights knows its past. What is not beside the weights somebody has to state;
+#   even the licence can only be guessed, from a tokenizer's bytes, a shape and a name.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Figure 1 gives 70B a lead over ChatGPT. Is it more than noise, over all prompts, and in each half of Figure 12?
+# 2. A judge favours the answer that it reads first. One may show each pair in a random order, or in both and keep only
+#    what was said twice. Which win rate is nearer to the truth?
+# 3. Somebody tunes Llama 2 13B with a tokenizer of 64,000 pieces. What does the card's look at the weights find, and
+#    what has to be known besides?
+
+# %% [markdown]
+# Over all prompts, yes. The interval of the single turns holds zero, and that of several turns clears it by no more
+# than a bar can be misread. (And these intervals know only of prompts: leaving out ChatGPT's system prompt moved the
+# result further than their ends, Figure 30.)
+
+# %%
+import numpy as np
+
+from llama2lib.human_eval import tally
+from llama2lib.paper import PAPER
+
+pair, counts, found = "70B vs ChatGPT-0301", PAPER["Table 32"]["ChatGPT"], {}
+sizes = {"Figure 1": sum(counts.values()), "Figure 12 single": counts["single"], "Figure 12 multi": counts["multi"]}
+for figure, size in sizes.items():
+    row = PAPER[figure][pair]
+    each = [round(row[part] * size / 100) for part in ("win", "tie", "loss")]
+    found[figure] = tally(np.repeat([1, 0, -1], each))
+    print(f"{figure}: {found[figure]}")
+assert found["Figure 1"].net.low > 0 > found["Figure 12 single"].net.low
+
+# %% [markdown]
+# Here the random order is nearer, but neither is right, and they err to different sides. In random order the doubtful
+# pairs are decided by a coin, which draws the rate towards one half. To keep what was said twice leaves the doubtful
+# pairs out, which flatters the better side; but it shows how many they are, as ties.
+
+# %%
+import numpy as np
+
+from llama2lib.human_eval import Ruling, win_rate
+
+random = np.random.default_rng(0)
+gaps = random.normal(0.1, 0.3, 4000)  # first model minus second
+as_first, as_second = np.where(gaps + 0.2 > 0, 1, -1), np.where(gaps - 0.2 > 0, 1, -1)  # 0.2 for what is read first
+ways = {
+    "the truth": np.where(gaps > 0, 1, -1),
+    "random order": np.where(random.random(4000) < 0.5, as_first, as_second),
+    "both orders, said twice": np.where(as_first == as_second, as_first, 0),
+}
+rates = {name: win_rate([Ruling(int(side), False, "") for side in sides]) for name, sides in ways.items()}
+for name, rate in rates.items():
+    print(f"{name:<24}{rate}")
+assert rates["random order"].rate.high < rates["the truth"].rate.value < rates["both orders, said twice"].rate.low
+
+# %% [markdown]
+# Nothing: the tokenizer's bytes are others, and a shape counts only with about 32,000 pieces. Only the name of what it
+# was built on gives it away, so a card depends on somebody who states it.
+
+# %%
+from dataclasses import replace
+
+from llama2lib.card import licence, meta_signs
+from llama2lib.model import LLAMA2
+
+tuned = replace(LLAMA2["13B"], vocab_size=64_000)
+for name, signs in {
+    "13B with its own vocabulary": meta_signs(LLAMA2["13B"], None),
+    "64,000 pieces": meta_signs(tuned, None),
+    "64,000 pieces, and what it began with": meta_signs(tuned, None, ["meta-llama/Llama-2-13b-hf"]),
+}.items():
+    print(f"{name}: licence {licence(signs, None, None) or 'not stated'}; signs: {'; '.join(signs) or 'none'}")
+    assert bool(signs) == (name != "64,000 pieces") and licence(signs, None, None) == ("llama2" if signs else None)
