@@ -850,8 +850,9 @@ print("most toxic:", sorted(groups, key=groups.get)[:-5:-1])
 
 # %% [markdown]
 # Of the groups, the one between Mexicans and Latinos is Jewish people, whom the text does not name. BOLD's tables say
-# what the text says, with one exception: sentiment does not rise in every group with fine-tuning, and where it falls,
-# in six of 164 cells, it falls by little.
+# what the text says, with one exception: ChatGPT, which it calls the more neutral, is so in three of the five domains,
+# and in the other two it is the most positive of all models. After fine-tuning sentiment rises in every domain, if not
+# in every group: where it falls, in six of 164 cells, it falls by little.
 
 # %%
 for item in ("Table 11", "Table 14", "Table 44", "Table 46", "Table 47", "Table 48", "Table 49", "Table 50"):
@@ -2650,3 +2651,104 @@ _ = launch("llama2lib.distillation", "mini", *options, nproc=2)
 # %%
 options = ["--model", "runs/7B-chat/model", "--safety", "runs/rm-safe/model", "--prompts", "prompts.jsonl"]
 _ = launch("llama2lib.distillation", "paper", *options, "--out", "runs/7B-distilled", nproc=8, gpus=True)
+
+# %% [markdown]
+# ## What it took
+#
+# - *Recomputed.* The paper's tables on safety bear out most of what its text says of them. What does not fit is small:
+#   a relative change that is 21.41 for 21.37, ChatGPT's neutrality, and borderline prompts that are 210 or 180.
+# - *Held on the mini world.* Safety data make answers safer, and gold helpfulness stays within 3 %; adversarial prompts
+#   in rejection sampling make them safer too. Distillation keeps the effect of a preprompt when the preprompt is gone,
+#   the gate pays, and on helpful prompts it does harm. The last version violates less than the first, and a
+#   calculator's results are better than the model's own.
+# - *Unclear.* Whether generic preprompts raise the safety reward in every seed, and templates raise it more; whether
+#   helpfulness stays within 3 % when rejection sampling gets adversarial prompts; whether several turns are more
+#   dangerous than one; whether examples with dates teach an order of time. The paper's safety reward rises with the
+#   first tenth of the safety data, ours only with the last parts.
+# - *Surprises.* The two reward models rise together, where the authors' pull apart. From one version to the next the
+#   red team may find more again. And the price is high: the last version refuses nearly every harmless prompt that only
+#   looks harmful, as nothing it learns from says that this is wrong.
+#
+# All of this could be seen only because a judge that is a program stands beside the rewards, the same red team meets
+# every version, and the arms that are compared learn from equally many examples.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. γ counts what a person of a red team finds in an hour. Let two teams attack one and the same model: one takes each
+#    way of attack as often as the others, one is the bandit of this chapter. How far apart are their γ, and what
+#    follows for the fall from 1.8 to 0.45 in section 4.3?
+# 2. The gate keeps an answer that the safety reward model scores higher. What is it worth if that model is noisy? Is
+#    there a reward model with which no gate would be better?
+# 3. Three raters vote on each answer, and raters err. Could the violations of Llama 2-Chat 7B in Figure 17, about 3.2 %
+#    of all answers, be nothing but errors on answers that are all safe?
+
+# %% [markdown]
+# Four ways of attack, one of which works well: the team that learns finds twice as much in the same model. So a fall of
+# γ speaks of the models only if people with the same habits met both. If the people have learnt in between, the models
+# have got better by more than the fall says; if they are others, it says little.
+
+# %%
+import numpy as np
+
+from llama2lib.red_team import VIOLATION, attack
+
+chances = {"plain": 0.01, "persona": 0.02, "story": 0.04, "another language": 0.3}  # of a violating answer
+ways = {way: lambda random, way=way: [{"role": "user", "content": way}] for way in chances}
+gamma = {}
+for name, rounds, batch in (("learns nothing", 1, 120), ("learns from each answer", 120, 1)):
+    violating = []
+    for person in range(20):
+        luck = np.random.default_rng(person)
+        tried = attack(ways, lambda prompts: [""] * len(prompts),
+                       lambda prompt, _, luck=luck: 1 if luck.random() < chances[prompt[0]["content"]] else 5,
+                       rounds, batch, person)  # fmt: skip
+        violating.append(sum(degree <= VIOLATION for *_, degree in tried))
+    gamma[name] = np.mean(violating) / 4  # 120 prompts of two minutes each
+    print(f"a red team that {name}: γ = {gamma[name]:.1f} violations a person and hour")
+assert gamma["learns from each answer"] > 1.8 * gamma["learns nothing"]
+
+# %% [markdown]
+# True safety is a number here, higher by 0.3 under a preprompt in the mean, and the reward model sees it with noise. A
+# dropped answer leaves the model's own in its place. A perfect gate more than doubles the gain. One of noise alone
+# drops good and bad alike, and halves it; then no gate is better. A gate is worth what its reward model is.
+
+# %%
+import numpy as np
+
+from llama2lib.distillation import Distilled
+
+random = np.random.default_rng(0)
+own, under = random.normal(0, 1, 5000), random.normal(0.3, 1, 5000)  # true safety of both answers to each prompt
+ungated = (under - own).mean()
+gains = {}
+for noise in (0, 1, 3, 100):
+    scores = np.stack([own, under], 1) + noise * random.normal(size=(5000, 2))
+    kept = np.array([Distilled([], "", "own", first, "under", second).safer for first, second in scores])
+    gains[noise] = np.where(kept, under - own, 0).mean()
+    print(f"noise {noise:>3}: {kept.mean():.0%} kept, true safety {gains[noise]:+.2f}")
+print(f"without the gate: {ungated:+.2f}")
+assert gains[0] > gains[1] > gains[3] > gains[100]
+assert gains[1] > ungated > gains[100]
+
+# %% [markdown]
+# If each erred in one of nine answers, and independently, they could. But raters who err so often agree much less than
+# the paper's, who had an AC2 of 0.92. Those who agree that well err in one of 25 answers, which explains half a point.
+# (For two categories, 'violates' or not, AC2 is AC1.)
+
+# %%
+import numpy as np
+
+from llama2lib.paper import PAPER
+from llama2lib.safety import violation_rate
+from llama2lib.stats import gwet_ac1
+
+printed = PAPER["Figure 17"]["Llama 2-Chat 7B"]["violation"] / 100
+random, found = np.random.default_rng(0), {}
+for error in (0.02, 0.04, 0.107):
+    says = random.random((4000, 3)) < error  # each of these is wrong, as no answer violates
+    found[error] = violation_rate(np.where(says, 1, 5)).value, gwet_ac1(says.astype(int)).value
+    print(f"raters who err in {error:.1%}: {found[error][0]:.2%} violations, AC1 {found[error][1]:.2f}")
+print(f"printed for 7B: {printed:.1%}, AC2 0.92")
+assert abs(found[0.107][0] - printed) < 0.01 and found[0.107][1] < 0.85
+assert found[0.04][1] > 0.9 and found[0.04][0] < printed / 4
