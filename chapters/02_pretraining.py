@@ -1731,7 +1731,7 @@ assert abs(losses[0] - math.log(512)) < 0.3 and losses[-1] < losses[0] / 2
 # %% [markdown]
 # ## Many GPUs
 #
-# The paper trained on up to 2,000 GPUs and does not say how the model was spread over them. 70B needs 276 GB for
+# The paper speaks of up to 2,000 GPUs and does not say how the model was spread over them. 70B needs 276 GB for
 # float32 weights, as much for gradients and twice that for AdamW's averages: over a terabyte, on GPUs of 80 GB.
 #
 # > Ours: PyTorch's own tools, applied to the finished model from outside; the model stays the one of chapter 01.
@@ -3284,9 +3284,9 @@ if recipes.scale() != "smoke":
 #
 # ### Beside Table 2
 #
-# Table 2 gives GPU-hours. With two trillion tokens they say how many tokens a GPU saw in a second, and the 'up to 2000
-# GPUs' of section 2.2.1 how far the training was spread. Two facts follow from the table alone: its rows add up to its
-# total, and 13B took exactly twice the hours of 7B.
+# Table 2 gives GPU-hours. With two trillion tokens they say how many tokens a GPU saw in a second. How many GPUs worked
+# at once the paper does not say; section 2.2.1 speaks of 'up to 2000 GPUs' where it compares two networks. Two facts
+# follow from the table alone: its rows add up to its total, and 13B took exactly twice the hours of 7B.
 
 # %%
 hours = {size: row["gpu_hours"] for size, row in paper.PAPER["Table 2"].items()}
@@ -3913,3 +3913,97 @@ for E in (0.0, 0.4, 0.8, 1.2):
     misfit = np.abs(E + np.exp(offset + slope * np.log(sizes_n)) - sizes_loss).max()
     print(f"E = {E}: alpha = {-slope:.3f}, largest misfit {misfit:.3f} nats; a tenfold 70B would reach "
           f"{E + np.exp(offset + slope * np.log(10 * sizes_n[-1])):.2f}")  # fmt: skip
+
+# %% [markdown]
+# ## What it took
+#
+# - The recipe is a few lines. Most of the chapter is what lets it run for months: shards that a kill cannot spoil, a
+#   data position that is one integer, the same weights and rows on any number of ranks, and one division by the targets
+#   of the whole step. Two processes have the loss curve of one, and a 70B step can be counted on a laptop.
+# - Of Figure 5, *larger is better* holds for every size and seed, and so does *twice the text is better*. *No sign of
+#   saturation* holds under the cosine and is unclear without it: a falling rate lowers the loss by itself, and at a
+#   constant one the smallest model does not surely fall. The paper's figure has no such control.
+# - Table 2 adds up. A roofline that was fitted to nothing comes near the published speeds of others, and lies above
+#   those that Table 2 implies; 34B is the odd one by any count.
+# - No scaling law could be had: our runs end while the sizes still move apart, and the paper's four end points fit
+#   almost any floor.
+# - Unclear remains what the paper does not say: sources, shares, cleaning, how weights begin, what decays, and how the
+#   model was divided over GPUs.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. A corpus has four factual documents in a hundred, up-sampled eightfold. How much of the mix are they, and what
+#    happens to the other 96 while as much text is drawn as there is?
+# 2. A run of 2T tokens is stopped after the first trillion, and its loss is drawn beside that of a run which was
+#    planned for 1T. Is the comparison fair? How much of all that the optimiser moves is left for the second trillion?
+# 3. The plan of 70B says 9.88 GiB of activations, for two rows a pass and full recomputation. What are they? And why
+#    does the recipe need 24 GPUs, when 14 could hold weights, gradients and averages?
+
+# %% [markdown]
+# A quarter: 32 parts of 128. Drawing as much as there is shows a fact six or seven times, and more than a fifth of the
+# other texts never; by the time each of these was seen once, the facts were seen eight times. Up-sampling takes its
+# room from the rest, and repeats what it favours. The paper gives no factor, so neither price is known.
+
+# %%
+from collections import Counter
+from itertools import islice
+
+from llama2lib.corpus import Source, mix, shares
+
+facts, rest = (tuple(f"{kind} {number:02}" for number in range(count)) for kind, count in (("fact", 4), ("text", 96)))
+sources = {"facts": Source(facts, upsampling=8), "rest": Source(rest)}
+share = shares(sources)
+documents = {name: source.documents for name, source in sources.items()}
+for budget in (100, 128):
+    seen = Counter(document for _, document in islice(mix(documents, share), budget))
+    often, unseen = [seen[fact] for fact in facts], sum(not seen[text] for text in rest)
+    print(f"{budget} of 100 documents: a fact {min(often)} to {max(often)} times, {unseen} of {len(rest)} texts never")
+    assert max(seen[text] for text in rest) == 1 and 4 * sum(often) == budget
+    assert unseen == 96 - 3 * budget // 4
+print(f"share of the facts: {share['facts']:.0%}, not {len(facts)} %")
+
+# %% [markdown]
+# It is not: the stopped run has still more than half of its peak rate, the planned one a tenth. The second half of the
+# tokens gets a quarter of the rates' sum, and a cosine's area gives it by hand.
+
+# %%
+import math
+
+from llama2lib.optim import cosine_lr
+from llama2lib.paper import TEXT
+
+recipe = TEXT["Section 2.2"]
+steps, warmup = round(recipe["tokens"] / recipe["batch_tokens"]), recipe["warmup_steps"]
+rates = [cosine_lr(step, 1.0, warmup, steps) for step in range(steps)]
+stopped, planned = rates[steps // 2 - 1], cosine_lr(steps // 2 - 1, 1.0, warmup, steps // 2)
+print(f"rate after 1T tokens: {stopped:.2f} of the peak in a run of 2T, {planned:.2f} in a run of 1T")
+second = sum(rates[steps // 2 :]) / sum(rates)
+by_hand = (0.1 / 2 + 0.9 * (1 / 4 - 1 / (2 * math.pi))) / (0.1 + 0.9 / 2)  # without the warm-up
+print(f"share of the second trillion in the sum of all rates: {second:.3f}, by hand {by_hand:.3f}")
+assert math.isclose(planned, 0.1) and stopped > 5 * planned
+assert abs(second - by_hand) < 0.003
+
+# %% [markdown]
+# With full recomputation a block keeps its input only: a row of 4,096 states in bfloat16 is 1/16 GiB, and at the peak,
+# in the backward pass of block 78, the inputs of 79 blocks are held. A pass also needs at least two gathered blocks in
+# bfloat16 and one block's gradients in float32. On 16 GPUs the recipe's two rows are too much before anything is
+# gathered, and one row leaves too little; with `tp=8` inputs and gathered blocks are an eighth, and it fits.
+
+# %%
+from llama2lib.model import LLAMA2
+from llama2lib.roofline import A100
+
+shape, room = LLAMA2["70B"], (A100.memory - A100.reserve) / 2**30
+row = 4096 * shape.dim * 2 / 2**30  # between two blocks, in bfloat16
+block = (shape.num_params - 2 * shape.vocab_size * shape.dim) / shape.n_layers / 2**30
+fits = []
+for gpus, rows, tp in ((64, 2, 1), (24, 2, 1), (16, 2, 1), (16, 1, 1), (16, 1, 8)):
+    weights = 4 * shape.num_params / gpus / 2**30
+    inputs = (shape.n_layers - 1) * rows * row / tp
+    left, needed = room - 4 * weights - inputs, (2 * 2 + 4) * block / tp
+    fits.append(left > needed)
+    print(f"{gpus} GPUs, rows {rows}, tp {tp}: weights, gradients and averages {4 * weights:.2f} GiB, "
+          f"inputs {inputs:.2f}; left {left:.1f}, needed {needed:.1f} or more")  # fmt: skip
+    assert gpus < 64 or (f"{weights:.2f}", f"{inputs:.2f}") == ("4.01", "9.88")  # as the plan has it
+assert fits == [True, True, False, False, True]
