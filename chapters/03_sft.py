@@ -1521,4 +1521,89 @@ widget(Chat(models["fine-tuned"][0], words, max_new_tokens=64))
 # The format is a page of code, and most of the chapter is about not being one token off in it. What the mini world
 # shows is what the paper says: fine-tuning on a few thousand dialogues turns a model that continues text into one that
 # answers, and their quality counts for more than their number. It teaches few facts; the ones it needs have to be there
-# already. Chapter 04 goes on where the audit ends, with people who compare answers.
+# already. Two of the paper's choices stay unclear at this size: whether rows of concatenated conversations cost
+# anything, and whether the model's samples are competitive with its annotators' answers. The special token between
+# prompt and answer is not in the released format. What surprised is safety: under attack the fine-tuned model does no
+# better than the base model, though one dialogue in ten was about that. Chapter 04 goes on where the audit ends, with
+# people who compare answers.
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. Somebody encodes the prompt and the answer apart, and joins the tokens. Which of the answer's two blanks makes the
+#    difference, and what would a model learn from it?
+# 2. When is a packing rule better than the usual one? Try conversations of which many, three, or one fit into a row.
+# 3. How many optimiser steps does the paper's fine-tuning take? It gives 27,540 annotations, 64 rows of 4,096 tokens
+#    and two epochs, and not how long an annotation is. Take the prompts and answers of Meta's comparisons (Table 6).
+
+# %% [markdown]
+# The one in front. SentencePiece puts a blank before every text itself, so that with the answer's own there are two,
+# and two blanks are another piece than one. A model that is trained on it learns to begin its answers with a piece that
+# begins none in the released format, but for the empty one; nothing in the loss tells. Without the blank the tokens are
+# right, but only because this tokenizer adds one.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from llama2lib.corpus import PACKAGED
+from llama2lib.dialog import encode_dialog
+from llama2lib.tokenizer import train_tokenizer
+
+with tempfile.TemporaryDirectory() as folder:
+    words = train_tokenizer(PACKAGED["manual"][0]()[:40], 512, Path(folder) / "tokenizer.model")
+question = {"role": "user", "content": "Who wrote Emma?"}
+prompt, _ = encode_dialog(words, [question])
+for answer in ("Jane Austen.", "7", ""):
+    right, _ = encode_dialog(words, [question, {"role": "assistant", "content": answer}])
+    apart, bare = (prompt + words.encode(f"{blank}{answer} ", eos=True) for blank in (" ", ""))
+    for name, tokens in (("right", right), ("apart", apart), ("without the blank", bare)):
+        print(f"{name:17}", *words.pieces(tokens[len(prompt) :]))
+    assert bare == right != apart
+
+# %% [markdown]
+# When a few fit. With many there is always a small one for the gap, and those that stand alone cannot be moved: either
+# way the rules need the same rows. With three to a row, exact filling saves some hundredths. The least is the number of
+# rows that all tokens together would fill.
+
+# %%
+import numpy as np
+
+from llama2lib.sft import fill_rows
+
+
+def best_fit(sizes: list[int], length: int) -> int:
+    "Rows of the usual rule: the longest first, each where the least room is left that still holds it."
+    rooms: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        room = min((room for room in rooms if room >= size), default=length)
+        if room in rooms:
+            rooms.remove(room)
+        rooms.append(room - size)
+    return len(rooms)
+
+
+random = np.random.default_rng(0)
+for low, high in ((10, 60), (120, 200), (260, 400)):
+    sizes = random.integers(low, high, 600).tolist()
+    usual, ours, least = best_fit(sizes, 512), len(fill_rows(sizes, 512)), -(-sum(sizes) // 512)
+    print(f"{low} to {high} tokens in rows of 512: {usual} rows by the usual rule, {ours} by ours, at least {least}")
+    assert (usual > ours) == (low == 120) and usual >= ours >= least
+
+# %% [markdown]
+# Fifty-six, if annotations are that long, and two of them are the warm-up; a row for each annotation would make it 862.
+# Even if the length were wrong by a factor of three, fine-tuning would be short beside the 500,000 steps of
+# pretraining. Concatenation has its price: nearly every row begins in the midst of an annotation.
+
+# %%
+from llama2lib.paper import PAPER, TEXT
+from llama2lib.sft import SFT, Batches
+
+recipe, annotations = SFT["paper"], TEXT["Section 3.1"]["annotations"]
+prompt, answer = (round(PAPER["Table 6"]["Meta"][name]) for name in ("tokens_prompt", "tokens_response"))
+example = [5] * (prompt + answer), [0] * prompt + [1] * answer
+batches = Batches([example] * annotations, recipe)
+alone = recipe.epochs * -(-annotations // recipe.batch_rows)
+print(batches.summary())
+print(f"{len(batches)} steps, {round(recipe.warmup * len(batches))} of warm-up; {alone} with a row for each annotation")
+assert len(batches) == 56 and alone == 862
