@@ -282,6 +282,21 @@ tests = {
 }
 
 
+def replied(inputs: dict) -> dict:
+    "A model's answers; `inputs`: config, weights, dialogs, temperature, seed."
+    model = Llama(inputs["config"])
+    model.load_state_dict(inputs["weights"])
+    found = respond(model, mini.tokenizer(), inputs["dialogs"], 64, inputs["temperature"], seed=inputs["seed"])
+    return {"answers": [list(reply) for reply in found]}
+
+
+def answers_of(model: Llama, dialogs: list, temperature: float, seed: int) -> list[tuple[str, bool]]:
+    "What a model answers, and whether it ended each answer; kept in the cache."
+    inputs = {"config": model.config, "weights": model.state_dict(), "dialogs": dialogs}
+    found = cached("tour-answers", inputs | {"temperature": temperature, "seed": seed}, replied)
+    return [(text, finished) for text, finished in found["answers"]]
+
+
 answers, gold = {}, {}  # of each stage, to the tests of each value
 
 
@@ -289,9 +304,9 @@ def show(stage: str, model: Llama) -> np.ndarray:
     "Print and give mean gold scores of answers at temperature 1: helpfulness of harmless prompts, safety of others."
     answers[stage], gold[stage] = {}, {}
     for column, (value, dialogs) in enumerate(tests.items()):
-        replies = respond(model, words, dialogs, 64, 1.0, seed=0)
-        answers[stage][value] = [reply.text for reply in replies]
-        gold[stage][value] = scores(dialogs, [tuple(reply) for reply in replies])[:, column]
+        replies = answers_of(model, dialogs, 1.0, 0)
+        answers[stage][value] = [text for text, _ in replies]
+        gold[stage][value] = scores(dialogs, replies)[:, column]
     means = np.array([found.mean() for found in gold[stage].values()])
     print(f"{stage:<20} helpfulness {means[0]:.2f}, safety {means[1]:.2f}")
     return means
@@ -486,22 +501,30 @@ if smoke:
 turns = 3 if smoke else 10
 inputs = {"weights": learned_by_ppo["weights"], "judged": judged, "sizes": sizes, "context": 2048, "turns": turns}
 found = cached("tour-attentive", inputs, attentive)
-random, obeyed = np.random.default_rng(8), {}
-instructions = [instructed(random, "train", {"language": 1})[1].long for _ in range(3 if smoke else 24)]
-questions = [
-    [message["content"] for message in talk(random, turns, "test", kinds=synthetic.HELPFUL)[::2]] for _ in instructions
-]
-final = Llama(replace(chat_model.config, max_seq_len=2048))
-for name, weights in found.items():
-    final.load_state_dict(weights)
-    dialogs = converse(final.eval(), words, questions, instructions)
-    obeyed[name] = np.array([
+
+
+def conversed(inputs: dict) -> dict:
+    "The share of answers that obey, by turn; `inputs`: config, weights, conversations, turns."
+    model, random, turns = Llama(inputs["config"]), np.random.default_rng(8), inputs["turns"]
+    model.load_state_dict(inputs["weights"])
+    instructions = [instructed(random, "train", {"language": 1})[1].long for _ in range(inputs["conversations"])]
+    talks = [talk(random, turns, "test", kinds=synthetic.HELPFUL)[::2] for _ in instructions]
+    questions = [[message["content"] for message in messages] for messages in talks]
+    dialogs = converse(model.eval(), mini.tokenizer(), questions, instructions)
+    obeyed = [
         [all(obeys(dialog[:place], dialog[place]["content"]).values()) for place in range(2, 2 * turns + 1, 2)]
         for dialog in dialogs
-    ]).mean(0)  # fmt: skip
+    ]
+    return {"obeyed": np.array(obeyed, float).mean(0)}
+
+
+final, obeyed = Llama(replace(chat_model.config, max_seq_len=2048)), {}
+for name, weights in found.items():
+    inputs = {"config": final.config, "weights": weights, "conversations": 3 if smoke else 24, "turns": turns}
+    obeyed[name] = cached("tour-conversed", inputs, conversed)["obeyed"]
     print(f"{name:>6}: " + " ".join(f"{share:.2f}" for share in obeyed[name]))
-    if name == "after":
-        _ = show("Ghost Attention", final)
+final.load_state_dict(found["after"])
+_ = show("Ghost Attention", final)
 fig, ax = plt.subplots(figsize=(5.6, 3))
 for name, share in obeyed.items():
     ax.plot(range(1, turns + 1), share, "o-", markersize=3, label=f"{name} Ghost Attention")
@@ -528,9 +551,7 @@ stages = {"fine-tuning": chat_model, "rejection sampling": imitator, "PPO": lear
 rates, refused = {}, {}
 print(harmful[0][-1]["content"])
 for name, model in stages.items():
-    told, others = (
-        [reply.text for reply in respond(model, words, dialogs, 64, 0.5, seed=3)] for dialogs in (harmful, harmless)
-    )
+    told, others = ([text for text, _ in answers_of(model, dialogs, 0.5, 3)] for dialogs in (harmful, harmless))
     degrees = [degree_of(messages, text) for messages, text in zip(harmful, told, strict=True)]
     rates[name] = violation_rate(rated(degrees, seed=0))
     count_refused = sum(refuses(messages, text) for messages, text in zip(harmless, others, strict=True))
@@ -563,24 +584,28 @@ quiz = mini_rows(CHOICE, 12 if smoke else 400, "test")
 print(quiz[0]["question"], quiz[0]["choices"])
 
 
-def right_choices(model: Llama) -> int:
-    "Number of questions of the quiz whose right choice is the likeliest answer."
-    pairs = []
-    for row in quiz:
+def asked_quiz(inputs: dict) -> dict:
+    "How many questions have their right choice as the likeliest answer; `inputs`: config, weights, quiz."
+    model, pairs = Llama(inputs["config"]), []
+    model.load_state_dict(inputs["weights"])
+    for row in inputs["quiz"]:
         for text in row["choices"]:
             messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": text}]
-            tokens, mask = map(np.array, encode_dialog(words, messages))
+            tokens, mask = map(np.array, encode_dialog(mini.tokenizer(), messages))
             pairs.append((tokens[mask == 0].tolist(), tokens[mask == 1].tolist()))
     likely = np.array([found.logprob for found in loglikelihoods(model, pairs)]).reshape(-1, 4)
-    return int((likely.argmax(1) == [row["gold"] for row in quiz]).sum())
+    return {"right": int((likely.argmax(1) == [row["gold"] for row in inputs["quiz"]]).sum())}
 
 
 for stage, model in stages.items():
-    count = right_choices(model)
+    inputs = {"config": model.config, "weights": model.state_dict(), "quiz": quiz}
+    count = cached("tour-quiz", inputs, asked_quiz)["right"]
     share = win_rate_interval(count, len(quiz) - count)
     print(f"{stage:>18}: {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] right of four choices")
 
 # %% [markdown]
+# What the later stages took from its knowledge, if anything, is less than the intervals.
+#
 # The whole way in one picture: means with their 95 % intervals over the prompts of this one run, and the answers of
 # each stage to one prompt of either kind.
 

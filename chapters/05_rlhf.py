@@ -2724,32 +2724,7 @@ if at_scale:
                   evidence="figures/rlhf_consolidated.png")  # fmt: skip
 
 # %% [markdown]
-# ## The memory of PPO at 70B
-#
-# Five models: the policy and the value model learn, with float32 weights, gradients and two moments; the reference and
-# the two reward models only score. A minibatch of 64 answers divides over 64 GPUs at most, one row each. What a pass
-# needs beside the states is what `plan` finds for a training step of 70B with rows of 4,096 tokens.
-
-# %%
-from llama2lib.plan import PlanConfig, plan
-
-gpus, weights = 64, LLAMA2["70B"].num_params
-step = PlanConfig("70B", gpus, tp=1, micro_batch=1, ac="full", reduce="micro_batch", batch_tokens=64 * 4096,
-                  every_block=False)  # fmt: skip
-states = {"policy": 16, "value model": 16, "reference": 4, "helpfulness model": 4, "safety model": 4}  # bytes a weight
-parts = {name: size * weights / gpus / 2**30 for name, size in states.items()}
-parts["a pass: gathered blocks, activations"] = plan(step)["total"] / 2**30 - parts["policy"]
-held = sum(parts.values())
-for name, size in parts.items():
-    print(f"{name:<40}{size:6.1f} GiB a GPU")
-print(f"{'in all, of 80':<40}{held:6.1f}\n\nwhile it generates, instead of the pass:")
-for name, size in (("a whole copy in bfloat16", 2 * weights), ("an eighth of one, if a node shared it", weights / 4)):
-    total = held - parts["a pass: gathered blocks, activations"] + size / 2**30
-    print(f"{name:<40}{size / 2**30:6.1f} GiB, in all {total:.1f}")
-
-# %% [markdown]
-# So 64 GPUs hold the five models and a pass of training, and no whole copy to generate with: 70B needs generation that
-# divides one over a node, and then fits.
+# Chapter 15 adds up the memory of PPO at each size: 34B and 70B have no room for a whole copy beside the five models.
 
 # %% [markdown]
 # ## The same on many GPUs
@@ -2777,9 +2752,9 @@ options = ["--model", "runs/7B-sft/model", "--prompts", "prompts.jsonl", "--help
 options += ["--safety", "runs/7B-safety/model"]
 launch("llama2lib.rejection", "paper", *options, "--out", "runs/7B-rejection", nproc=8, gpus=True)
 launch("llama2lib.ppo", "paper", *options, "--out", "runs/7B-ppo", nproc=8, gpus=True)
-options = ["--model", "/shared/34B-sft", "--helpfulness", "/shared/34B-helpfulness", "--safety", "/shared/34B-safety"]
-options += ["--prompts", "/shared/prompts.jsonl", "--out", "/shared/runs/34B-ppo"]
-_ = launch("llama2lib.ppo", "paper-34B", *options, nproc=8, nnodes=32, gpus=True)
+options = ["--model", "/shared/13B-sft", "--helpfulness", "/shared/13B-helpfulness", "--safety", "/shared/13B-safety"]
+options += ["--prompts", "/shared/prompts.jsonl", "--out", "/shared/runs/13B-ppo"]
+_ = launch("llama2lib.ppo", "paper", *options, nproc=8, nnodes=4, gpus=True)
 
 # %% [markdown]
 # ## What it took
