@@ -1617,8 +1617,8 @@ from llama2lib.world import RISKS, YEARS
 SHARES = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)  # of the safety data (section 4.2.3)
 SIZES = by_scale(  # how many there are of each part of the data
     smoke={"helpful": 60, "safe": 20, "asked": 12, "tests": 8, "preceded": 60},
-    laptop={"helpful": 2000, "safe": 225, "asked": 400, "tests": 400, "preceded": 3000},
-    a100={"helpful": 2000, "safe": 225, "asked": 400, "tests": 400, "preceded": 3000},
+    laptop={"helpful": 2600, "safe": 290, "asked": 600, "tests": 400, "preceded": 3000},
+    a100={"helpful": 2600, "safe": 290, "asked": 600, "tests": 400, "preceded": 3000},
 )
 TEMPERATURE = 0.5  # of all answers in chapter 07
 
@@ -1912,7 +1912,7 @@ _ = side_by_side(work, "trainings")
 # %% [markdown]
 # ### How much safety data (Figures 15 and 33)
 #
-# 2,000 helpful dialogues, of which one in 27 only looks harmful, and a part of 225 refusals, nine to one as in the
+# 2,600 helpful dialogues, of which one in 27 only looks harmful, and a part of 290 refusals, nine to one as in the
 # paper; from the base model, two epochs.
 
 # %%
@@ -2042,8 +2042,8 @@ illustrated("Table 41", "a borderline prompt that is refused", "table_38.png")
 #
 # The authors compare two intermediate models, one whose RLHF had adversarial prompts and one whose had none: the safety
 # reward of answers to adversarial prompts rises, and the helpfulness reward of others stays where it was. We make a
-# round of rejection sampling from the chat model with 400 helpful prompts and 40 that only look harmful, and one with
-# 100 adversarial prompts added.
+# round of rejection sampling from the chat model with 600 helpful prompts and 60 that only look harmful, and one with
+# 150 adversarial prompts added.
 
 # %%
 keys = [*itertools.product(runs, (False, True))]

@@ -79,8 +79,8 @@ from llama2lib.world import RISKS, YEARS
 SHARES = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)  # of the safety data (section 4.2.3)
 SIZES = by_scale(  # how many there are of each part of the data
     smoke={"helpful": 60, "safe": 20, "asked": 12, "tests": 8, "preceded": 60},
-    laptop={"helpful": 2000, "safe": 225, "asked": 400, "tests": 400, "preceded": 3000},
-    a100={"helpful": 2000, "safe": 225, "asked": 400, "tests": 400, "preceded": 3000},
+    laptop={"helpful": 2600, "safe": 290, "asked": 600, "tests": 400, "preceded": 3000},
+    a100={"helpful": 2600, "safe": 290, "asked": 600, "tests": 400, "preceded": 3000},
 )
 TEMPERATURE = 0.5  # of all answers in chapter 07
 
