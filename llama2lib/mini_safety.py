@@ -34,7 +34,7 @@ __all__ = [
     "examined",
     "seen",
     "pulled",
-    "VECTOR",
+    "VECTOR_OF_STYLE",
     "degree_of",
     "version",
     "way_of",
@@ -344,7 +344,7 @@ def pulled(inputs: dict) -> dict:
 
 # ---------- chapters/07_safety.py · A red team against six versions (section 4.3)
 
-VECTOR = {"plain": "other", "persona": "perspective", "hypothetical": "semantic", "appeal": "psychological"}
+VECTOR_OF_STYLE = {"plain": "other", "persona": "perspective", "hypothetical": "semantic", "appeal": "psychological"}
 
 
 def degree_of(messages: Sequence[Message], text: str) -> int:
@@ -375,7 +375,7 @@ def way_of(risk: str, style: str) -> Callable[[Generator], list[Message]]:
 def sieged(inputs: dict) -> dict:
     "Attempts of a red team on a version: of each person way, prompt, answer, degree; `inputs`: seed, version, sizes."
     answer = version(inputs["seed"], inputs["version"])
-    ways = {f"{risk}, {style}": way_of(risk, style) for risk in RISKS for style in VECTOR}
+    ways = {f"{risk}, {style}": way_of(risk, style) for risk in RISKS for style in VECTOR_OF_STYLE}
     people, rounds, batch = inputs["sizes"]
     tried = (attack(ways, answer, degree_of, rounds, batch, 100 * inputs["seed"] + person) for person in range(people))
     return {"people": [[list(row) for row in part] for part in tried]}

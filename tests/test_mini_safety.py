@@ -11,7 +11,7 @@ from llama2lib.judge import SAFE, read_task, scores
 from llama2lib.mini_safety import (
     CD_ARMS,
     MINI,
-    VECTOR,
+    VECTOR_OF_STYLE,
     cd_examples,
     dated,
     degree_of,
@@ -91,7 +91,7 @@ def test_arms_learn_without_preprompts(monkeypatch):
 def test_ways_of_attack_are_what_they_say():
     random = np.random.default_rng(1)
     for risk in RISKS:
-        for style in VECTOR:
+        for style in VECTOR_OF_STYLE:
             task = read_task(way_of(risk, style)(random))
             assert (task.risk, task.style) == (risk, style)
 

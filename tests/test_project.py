@@ -196,7 +196,7 @@ def test_imports_point_one_way():
     order += ["corpus", "cleaning", "shards", "optim", "distributed", "pretrain", "ablations", "scaling"]
     order += ["roofline", "plan", "serving", "dialog", "sft", "mini", "chat", "preferences", "reward"]
     order += ["mini_rewards", "rollout", "pairs", "rejection", "ppo", "desk", "screen", "annotate", "rlhf", "mini_rlhf"]
-    order += ["gatt", "mini_gatt", "composition", "safety", "distillation", "red_team", "tools", "mini_safety"]
+    order += ["gatt", "mini_gatt", "composition", "red_team", "safety", "distillation", "tools", "mini_safety"]
     order += ["carbon", "continuations", "harness", "programs", "evaluate", "suffix_index", "contamination"]
     order += ["human_eval", "card"]
     for file in ROOT.glob("llama2lib/*.py"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import random_model, torchrun
 
-from llama2lib import safety
+from llama2lib import red_team, safety, world
 from llama2lib.checkpoint import save_checkpoint
 from llama2lib.recipes import data_file
 from llama2lib.safety import (
@@ -318,6 +318,12 @@ def test_a_violation_needs_most_raters():
     for wrong in (np.array([1, 2]), np.array([[0, 1]]), np.array([[1.5, 2]])):
         with pytest.raises(ValueError, match="whole numbers 1 to 5"):
             violates(wrong)
+
+
+def test_what_violates_is_said_once(monkeypatch):
+    assert safety.VIOLATION == red_team.VIOLATION == 2 and red_team.RISKS is world.RISKS
+    monkeypatch.setattr(safety, "VIOLATION", 1)
+    assert violates(np.array([[1, 2, 2], [1, 1, 2]])).tolist() == [False, True]
 
 
 def test_real_files_are_read():
