@@ -2143,13 +2143,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; control tokens vanish, bytes that are not UTF-8 become U+FFFD, one leading space goes.
 
-        The space is the one that `encode` puts in front; to continue a text, decode both parts together.
+        The space is the one that `encode` puts in front; of a text that goes on, see `continuation`.
         """
         ids = [operator.index(token) for token in ids]
         for place, token in enumerate(ids):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"ids[{place}] is {token}: the vocabulary has ids 0 to {self.vocab_size - 1}")
         return self._model.decode(ids)
+
+    def continuation(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+        "The text that token ids add to a prompt's: both are decoded together, since alone they lose their first space."
+        return self.decode([*prompt, *ids])[len(self.decode(prompt)) :]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         "The vocabulary's spelling of token ids, with `▁` for a space: for people to look at."

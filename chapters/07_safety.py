@@ -728,14 +728,17 @@ def read_sets(config: SafetyConfig) -> dict[str, list]:
     return found
 
 
-def continued(model: Llama, tokenizer: Tokenizer, texts: Sequence[str], chat: bool, *settings) -> list[str]:
-    "What a model says after texts, up to a line's end; settings: max_new_tokens, temperature, top_p, seed."
+def continued(model: Llama, tokenizer: Tokenizer, texts: Sequence[str], chat: bool, **settings) -> list[str]:
+    """What a model says after texts: a chat model its whole answer, another one its first line that is not empty.
+
+    settings: max_new_tokens, temperature, top_p, seed. Errors as of `generate`.
+    """
     if chat:
         dialogs = [[{"role": "user", "content": text}] for text in texts]
-        return [reply.text.strip() for reply in respond(model, tokenizer, dialogs, *settings)]
+        return [reply.text.strip() for reply in respond(model, tokenizer, dialogs, **settings)]
     prompts = [tokenizer.encode(text, bos=True) for text in texts]
-    made = generate(model, prompts, *settings, eos_id=tokenizer.eos_id)
-    ends = (tokenizer.decode(p + m.tokens)[len(tokenizer.decode(p)) :] for p, m in zip(prompts, made, strict=True))
+    made = generate(model, prompts, eos_id=tokenizer.eos_id, **settings)
+    ends = (tokenizer.continuation(prompt, one.tokens) for prompt, one in zip(prompts, made, strict=True))
     return [end.strip().split("\n")[0] for end in ends]
 
 
@@ -752,12 +755,14 @@ def run(config: SafetyConfig) -> dict[str, dict[str, float]]:
         for folder in config.judges or ():
             read_tensors(folder)
         model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
-        settings, results = (config.max_new_tokens, config.temperature, config.top_p), {}
+        settings = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p")}
+        results = {}
         first = not dist.is_initialized() or dist.get_rank() == 0
         for name, rows in sets.items():
 
             def work(these, seeds, path):
-                texts = continued(model, tokenizer, [row.prompt for row in these], config.chat, *settings, seeds)
+                asked = [row.prompt for row in these]
+                texts = continued(model, tokenizer, asked, config.chat, seed=seeds, **settings)
                 write_atomic(path, "".join(json.dumps({"answer": text}, ensure_ascii=False) + "\n" for text in texts))
 
             parts = in_chunks(config.out / name, rows, config.chunk, config.seed, work)

@@ -381,7 +381,7 @@ print(f"{len(pairs)} continuations of {len(questions)} contexts, each as read al
 #
 # One more detail decides whether programs run. SentencePiece gives every text a space in front and takes it away when
 # it decodes. A continuation that is decoded alone loses its own first space that way, and the body of a function is
-# then indented by three. `written_until` decodes prompt and continuation together.
+# then indented by three. `written_until` decodes prompt and continuation together (`Tokenizer.continuation`).
 #
 # > Ours: the loop of chapter 01's `generate`, with another end. A row leaves when its text holds a stop, and the next
 # > prompt takes its place; in the harness's own adapter it is computed on until the whole batch has ended.
@@ -438,9 +438,7 @@ def written_until(
 ) -> list[str]:
     "What a model writes behind prompts up to the first stop, which is left out; settings and errors: `tokens_until`."
     made = tokens_until(model, tokenizer, prompts, until, **settings)
-    whole = (tokenizer.decode([*prompt, *tokens]) for prompt, tokens in zip(prompts, made, strict=True))
-    shown = (len(tokenizer.decode(prompt)) for prompt in prompts)
-    return [cut(text[length:], until) for text, length in zip(whole, shown, strict=True)]
+    return [cut(tokenizer.continuation(*both), until) for both in zip(prompts, made, strict=True)]
 
 
 def over_ranks(items: Sequence, work: Callable[[Sequence], list]) -> list:

@@ -194,9 +194,7 @@ def written_until(
 ) -> list[str]:
     "What a model writes behind prompts up to the first stop, which is left out; settings and errors: `tokens_until`."
     made = tokens_until(model, tokenizer, prompts, until, **settings)
-    whole = (tokenizer.decode([*prompt, *tokens]) for prompt, tokens in zip(prompts, made, strict=True))
-    shown = (len(tokenizer.decode(prompt)) for prompt in prompts)
-    return [cut(text[length:], until) for text, length in zip(whole, shown, strict=True)]
+    return [cut(tokenizer.continuation(*both), until) for both in zip(prompts, made, strict=True)]
 
 
 def over_ranks(items: Sequence, work: Callable[[Sequence], list]) -> list:

@@ -11,7 +11,9 @@ import torch
 from conftest import random_model, torchrun
 
 from llama2lib import red_team, safety, world
+from llama2lib.chat import Reply
 from llama2lib.checkpoint import save_checkpoint
+from llama2lib.generation import Completion
 from llama2lib.recipes import data_file
 from llama2lib.safety import (
     FEW_SHOT,
@@ -183,12 +185,20 @@ def test_a_judge_that_is_a_model_says_yes_or_no(tmp_path, tokenizer):
 
 
 def test_a_base_model_goes_on_and_a_chat_model_answers(chat, tokenizer):
-    texts = ["one two", "three"]
-    going_on = continued(chat, tokenizer, texts, False, 6, 0.0, 1.0, [0, 0])
-    answering = continued(chat, tokenizer, texts, True, 6, 0.0, 1.0, [0, 0])
+    texts, settings = ["one two", "three"], {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0}
+    going_on = continued(chat, tokenizer, texts, False, seed=[0, 0], **settings)
+    answering = continued(chat, tokenizer, texts, True, seed=[0, 0], **settings)
     assert going_on != answering and all("\n" not in text for text in going_on)
-    [alone] = continued(chat, tokenizer, texts[1:], True, 6, 0.0, 1.0, [0])
+    [alone] = continued(chat, tokenizer, texts[1:], True, seed=[0], **settings)
     assert alone == answering[1]
+
+
+def test_an_answer_is_whole_and_a_continuation_one_line(tokenizer, monkeypatch):
+    made = [Completion(tokenizer.encode("three\nfour"), [], True)]
+    monkeypatch.setattr(safety, "generate", lambda *_, **settings: made)
+    monkeypatch.setattr(safety, "respond", lambda *_, **settings: [Reply("three\nfour", True)])
+    assert continued(None, tokenizer, ["one two"], False, max_new_tokens=9) == ["three"]
+    assert continued(None, tokenizer, ["one two"], True, max_new_tokens=9) == ["three\nfour"]
 
 
 def arguments(folders: Path, sets: Path, out: Path) -> list[str]:
@@ -200,7 +210,7 @@ def test_questions_are_asked_behind_others(folders, sets, monkeypatch):
     pytest.importorskip("sacrebleu")
     asked = []
 
-    def continued(model, tokenizer, texts, *_):
+    def continued(model, tokenizer, texts, *_, **settings):
         asked.extend(texts)
         return ["No"] * len(texts)
 
@@ -217,11 +227,11 @@ def test_a_killed_run_goes_on_and_two_processes_are_one(folders, sets, monkeypat
                           max_new_tokens=6, chunk=1, out=sets / "one")  # fmt: skip
     whole, calls = safety.continued, []
 
-    def dying(*given):
+    def dying(*given, **settings):
         calls.append(1)
         if len(calls) == 4:
             raise RuntimeError("told to die")
-        return whole(*given)
+        return whole(*given, **settings)
 
     monkeypatch.setattr(safety, "continued", dying)
     with pytest.raises(RuntimeError, match="told to die"):
@@ -246,7 +256,7 @@ def test_a_folder_of_another_configuration_is_refused(folders, sets, monkeypatch
     assert json.loads(answers[0])["prompt"] == "three" and set(json.loads(answers[0])) == {"group", "prompt", "answer"}
     # other scores need no other answers, other prompts do
     monkeypatch.setattr(safety, "classifier", lambda name: lambda texts: np.ones(len(texts)) * (name == "harsh"))
-    monkeypatch.setattr(safety, "continued", lambda *_: pytest.fail("sampled again"))
+    monkeypatch.setattr(safety, "continued", lambda *_, **settings: pytest.fail("sampled again"))
     assert run(SafetyConfig(**settings, toxicity="harsh"))["toxigen"]["all"] > 0
     (sets / "toxigen" / "hate_women_1k.txt").write_text("six\nsix\n", "utf-8")
     with pytest.raises(ValueError, match="toxigen"):
@@ -254,7 +264,7 @@ def test_a_folder_of_another_configuration_is_refused(folders, sets, monkeypatch
 
 
 def test_a_classifier_that_is_not_there_is_an_error_before_sampling(folders, sets, monkeypatch):
-    monkeypatch.setattr(safety, "continued", lambda *_: pytest.fail("sampled"))
+    monkeypatch.setattr(safety, "continued", lambda *_, **settings: pytest.fail("sampled"))
     for wrong in ({"toxicity": str(sets / "none")}, {"judges": (sets / "none", sets / "none")}):
         with pytest.raises((ValueError, OSError), match="none"):
             run(SafetyConfig(str(folders / "chat"), toxigen=sets / "toxigen", out=sets / "out", **wrong))

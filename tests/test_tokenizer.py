@@ -63,6 +63,12 @@ def test_bos_and_eos_are_ids_that_the_caller_adds(small):
     assert (small.bos_id, small.eos_id, small.pad_id, small.vocab_size) == (1, 2, -1, 350)
 
 
+def test_a_continuation_keeps_its_first_space(small):
+    front, rest = small.encode("the quick", bos=True), small.encode("brown fox", eos=True)
+    assert small.continuation(front, rest) == " brown fox" and small.decode(rest) == "brown fox"
+    assert small.continuation(front, []) == "" and small.continuation([], rest) == "brown fox"
+
+
 def test_long_lines_are_trained_on(tmp_path):
     "SentencePiece's default drops a line of more than 4,192 bytes without a word."
     tokenizer = train_tokenizer(["zyzzyva " * 2000], 268, tmp_path / "t.model")
