@@ -1816,6 +1816,11 @@ def processes() -> Iterator[torch.device]:
                 time.sleep(0.5)  # a thread of gloo that frees its last tensors after Python's end aborts the process
 
 
+def compute_dtype(device: torch.device | str) -> torch.dtype:
+    "What a model that only answers is loaded in, whatever its folder holds: bfloat16 on CUDA, float32 elsewhere."
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 @dataclass(frozen=True)
 class Parallel:
     "How a training step is divided among ranks and its memory spent; changes speed and memory, not the result."

@@ -336,7 +336,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from llama2lib.checkpoint import load_checkpoint
-from llama2lib.distributed import processes
+from llama2lib.distributed import compute_dtype, processes
 from llama2lib.preferences import records, sampler, two_answers
 from llama2lib.pretrain import command
 from llama2lib.recipes import write_atomic
@@ -379,7 +379,7 @@ def run(config: PairsConfig) -> Path:
         record_settings(config.out, config, prompts=[config.prompts])
         variants = []
         for folder in config.models:
-            model, tokenizer = load_checkpoint(folder, device), Tokenizer(folder)
+            model, tokenizer = load_checkpoint(folder, device, compute_dtype(device)), Tokenizer(folder)
             variants.append([sampler(model, tokenizer, at, config.max_new_tokens) for at in config.temperatures])
 
         def work(these, seeds, path):
@@ -437,7 +437,7 @@ from tqdm import tqdm
 from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.dialog import Message
-from llama2lib.distributed import processes
+from llama2lib.distributed import compute_dtype, processes
 from llama2lib.model import Llama
 from llama2lib.preferences import records
 from llama2lib.pretrain import command
@@ -616,7 +616,7 @@ def run(config: RejectionConfig) -> Path:
     with processes() as device:
         prompts = read_prompts(config.prompts, tagged=config.safety is not None)
         record_settings(config.out, config, prompts=[config.prompts], earlier=config.earlier)
-        model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
+        model, tokenizer = load_checkpoint(config.model, device, compute_dtype(device)), Tokenizer(config.model)
         reward = Reward(
             load_scorer(config.helpfulness, device), config.safety and load_scorer(config.safety, device), config.gate
         )

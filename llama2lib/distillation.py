@@ -35,7 +35,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.dialog import Message
-from llama2lib.distributed import processes
+from llama2lib.distributed import compute_dtype, processes
 from llama2lib.model import Llama
 from llama2lib.preferences import records
 from llama2lib.pretrain import command
@@ -213,7 +213,7 @@ def run(config: DistillationConfig) -> Path:
         record_settings(config.out, replace(config, gate=True), prompts=[config.prompts], preprompts=files)
         texts = preprompts([kind if config.templates else None for _, kind in chosen], known, config.seed)
         items = [(prompt.messages, text) for (prompt, _), text in zip(chosen, texts, strict=True)]
-        model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
+        model, tokenizer = load_checkpoint(config.model, device, compute_dtype(device)), Tokenizer(config.model)
         scorer = load_scorer(config.safety, device)
         settings = config.temperature, config.top_p, config.max_new_tokens
         parts = in_chunks(

@@ -2,6 +2,7 @@
 
 __all__ = [
     "processes",
+    "compute_dtype",
     "Parallel",
     "make_mesh",
     "check_tp",
@@ -86,6 +87,11 @@ def processes() -> Iterator[torch.device]:
             dist.destroy_process_group()
             if several and not cuda:
                 time.sleep(0.5)  # a thread of gloo that frees its last tensors after Python's end aborts the process
+
+
+def compute_dtype(device: torch.device | str) -> torch.dtype:
+    "What a model that only answers is loaded in, whatever its folder holds: bfloat16 on CUDA, float32 elsewhere."
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from llama2lib.checkpoint import load_checkpoint, read_tensors
 from llama2lib.continuations import over_ranks, written_until
-from llama2lib.distributed import processes
+from llama2lib.distributed import compute_dtype, processes
 from llama2lib.grammar import fill, wordings, written
 from llama2lib.judge import read_answer, read_task
 from llama2lib.launch import one_line_errors
@@ -458,8 +458,7 @@ def run(config: EvaluateConfig) -> dict[str, dict]:
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         units = tasks_of([name for name in missing if name not in CODE], folder, config.shots)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, tokenizer = load_checkpoint(config.model, device, dtype), Tokenizer(config.model)
+        model, tokenizer = load_checkpoint(config.model, device, compute_dtype(device)), Tokenizer(config.model)
         lm = LlamaLM(model, tokenizer, config.batch_tokens, config.batch, config.seed)
         first = not dist.is_initialized() or dist.get_rank() == 0
         if first:

@@ -62,7 +62,7 @@ from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.desk import Desk, Study, check_item
 from llama2lib.dialog import Message, check_dialog
-from llama2lib.distributed import processes
+from llama2lib.distributed import compute_dtype, processes
 from llama2lib.judge import RATINGS
 from llama2lib.launch import one_line_errors
 from llama2lib.preferences import records
@@ -387,7 +387,7 @@ def load_chat(path: str | os.PathLike, device: str | torch.device | None = None,
     `transformers` where it is needed.
     """
     folder, device = Path(path).expanduser(), torch.device(device or "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = compute_dtype(device)
     config, template = folder / "config.json", _template(folder)
     kind = json.loads(config.read_text("utf-8")).get("model_type") if config.exists() else "llama"
     if kind == "llama" and (folder / "tokenizer.model").exists() and (not template or "[INST]" in template):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from llama2lib.checkpoint import load_checkpoint
-from llama2lib.distributed import processes
+from llama2lib.distributed import compute_dtype, processes
 from llama2lib.preferences import records, sampler, two_answers
 from llama2lib.pretrain import command
 from llama2lib.recipes import write_atomic
@@ -61,7 +61,7 @@ def run(config: PairsConfig) -> Path:
         record_settings(config.out, config, prompts=[config.prompts])
         variants = []
         for folder in config.models:
-            model, tokenizer = load_checkpoint(folder, device), Tokenizer(folder)
+            model, tokenizer = load_checkpoint(folder, device, compute_dtype(device)), Tokenizer(folder)
             variants.append([sampler(model, tokenizer, at, config.max_new_tokens) for at in config.temperatures])
 
         def work(these, seeds, path):

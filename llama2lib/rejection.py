@@ -34,7 +34,7 @@ from tqdm import tqdm
 from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.dialog import Message
-from llama2lib.distributed import processes
+from llama2lib.distributed import compute_dtype, processes
 from llama2lib.model import Llama
 from llama2lib.preferences import records
 from llama2lib.pretrain import command
@@ -198,7 +198,7 @@ def run(config: RejectionConfig) -> Path:
     with processes() as device:
         prompts = read_prompts(config.prompts, tagged=config.safety is not None)
         record_settings(config.out, config, prompts=[config.prompts], earlier=config.earlier)
-        model, tokenizer = load_checkpoint(config.model, device), Tokenizer(config.model)
+        model, tokenizer = load_checkpoint(config.model, device, compute_dtype(device)), Tokenizer(config.model)
         reward = Reward(
             load_scorer(config.helpfulness, device), config.safety and load_scorer(config.safety, device), config.gate
         )

@@ -1,5 +1,6 @@
 "Two processes learn what one learns; sharded models read and write whole folders; a run outlives its processes."
 
+import importlib
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from llama2lib.distributed import (
     Parallel,
     StateFolder,
     check_tp,
+    compute_dtype,
     init_weights,
     parallelize,
     recompute,
@@ -503,3 +505,31 @@ def test_the_rows_of_a_step_are_shared_out_and_none_is_lost(shards):
     for _ in pretrain(Spy(LLAMA2["debug"]), Shards(shards), RUN):
         pass
     assert torch.equal(torch.cat(seen), packed.rows(0, 140)[:, :-1])
+
+
+@pytest.mark.parametrize("stage", ["pairs", "rejection", "distillation", "safety"])
+def test_a_model_that_only_answers_is_loaded_in_the_devices_numbers(folders, chat, tokenizer, monkeypatch, stage):
+    "Whatever its folder holds."
+    assert compute_dtype("cuda:1") is torch.bfloat16
+    assert {compute_dtype("cpu"), compute_dtype(torch.device("meta"))} == {torch.float32}
+    save_checkpoint(chat, folders / "half", tokenizer, dtype=torch.bfloat16)
+    (folders / "gender_prompt.json").write_text('{"women": {"page": ["one two"]}}', "utf-8")
+    model, prompts, out = str(folders / "half"), folders / "prompts.jsonl", folders / "out"
+    scorers = {"helpfulness": str(folders / "helpful"), "safety": str(folders / "safe")}
+    module = importlib.import_module(f"llama2lib.{stage}")
+    config = {
+        "pairs": lambda: replace(module.PAIRS["mini"], models=(model,), prompts=prompts, out=out),
+        "rejection": lambda: replace(module.REJECTION["mini"], model=model, prompts=prompts, out=out, **scorers),
+        "distillation": lambda: module.DistillationConfig(model, scorers["safety"], prompts, out=out),
+        "safety": lambda: module.SafetyConfig(model, bold=folders, out=out),
+    }[stage]()
+    types = []
+
+    def loaded(*given):
+        types.append(load_checkpoint(*given).tok_embeddings.weight.dtype)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(module, "load_checkpoint", loaded)
+    with pytest.raises(RuntimeError, match="seen"):
+        module.run(config)
+    assert types == [torch.float32]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, torchrun
+from conftest import NUMBERS, random_model, torchrun
 
 from llama2lib import red_team, safety, world
 from llama2lib.chat import Reply
@@ -182,6 +182,32 @@ def test_a_judge_that_is_a_model_says_yes_or_no(tmp_path, tokenizer):
                 logits = model(torch.tensor([tokenizer.encode(text, bos=True)]))[0, -1]
             yes, no = (tokenizer.encode(f"{name}: {word}")[-1] for word in ("yes", "no"))
             assert found[row, column] == (logits[yes] > logits[no])
+
+
+def test_judges_are_loaded_once_and_read_many_answers_together(tmp_path, tokenizer, monkeypatch):
+    "The verdicts are those of the answers read one by one; weights in bfloat16 are computed with in float32."
+    models = [random_model(vocab_size=tokenizer.vocab_size, seed=seed) for seed in (1, 2)]
+    for model, name in zip(models, ("truth", "info"), strict=True):
+        save_checkpoint(model, tmp_path / name, tokenizer, dtype=torch.bfloat16)
+    loaded, read, load, prefill = [], [], safety.load_checkpoint, safety.prefill
+    monkeypatch.setattr(safety, "load_checkpoint", lambda *given: loaded.append(load(*given)) or loaded[-1])
+    monkeypatch.setattr(safety, "prefill", lambda model, rows: read.append(len(rows)) or prefill(model, rows))
+    judge = model_judge(tmp_path / "truth", tmp_path / "info", batch=8)
+    random = np.random.default_rng(0)
+    answers = [" ".join(random.choice(NUMBERS, random.integers(0, 9))) for _ in range(20)]
+    questions = [PIG._replace(text=" ".join(random.choice(NUMBERS, random.integers(1, 9)))) for _ in answers]
+    found = judge(questions, answers)
+    assert judge(questions[:3], answers[:3]).tolist() == found[:3].tolist() and judge([], []).shape == (0, 2)
+    assert len(loaded) == 2 and read == [8, 8, 4] * 2 + [3, 3]
+    assert {model.tok_embeddings.weight.dtype for model in loaded} == {torch.float32}
+    for column, (name, model) in enumerate(zip(("True", "Helpful"), loaded, strict=True)):
+        yes, no = (tokenizer.encode(f"{name}: {word}")[-1] for word in ("yes", "no"))
+        for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            text = f"Q: {question.text}\nA: {answer}\n{name}:"
+            with torch.no_grad():
+                logits = model(torch.tensor([tokenizer.encode(text, bos=True)]))[0, -1]
+            assert found[row, column] == (bool(answer) and bool(logits[yes] > logits[no]))
+        assert 0 < found[:, column].sum() < 20
 
 
 def test_a_base_model_goes_on_and_a_chat_model_answers(chat, tokenizer):
