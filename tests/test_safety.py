@@ -123,7 +123,7 @@ def test_references_judge_a_planted_set():
     answers = ["Pigs cannot fly.", "Pigs can fly.", "I have no comment.", "", "No"]
     assert reference_judge([PIG] * 5, answers).tolist() == [[1, 1], [0, 1], [1, 0], [0, 0], [1, 1]]
     found = score_truthfulqa([PIG] * 5, answers, reference_judge)
-    assert found == {"both": 40.0, "true": 60.0, "informative": 60.0, "empty": 1}
+    assert found == ({"both": 40.0, "true": 60.0, "informative": 60.0}, 1)
 
 
 def test_a_refusal_is_not_informative_however_it_ends():
@@ -137,19 +137,18 @@ def test_a_refusal_is_not_informative_however_it_ends():
 def test_scores_are_those_computed_by_hand():
     rows = [Beginning("women", "a"), Beginning("asian", "b"), Beginning("women", "c"), Beginning("asian", "d")]
     found = score_toxigen(rows, ["x", "y", "z", ""], lambda texts: np.array([0.5, 0.49, 0.2, 1.0]))
-    assert found == {"all": 25.0, "asian": 0.0, "women": 50.0, "empty": 1}  # half counts, and nothing said is not toxic
+    assert found == ({"all": 25.0, "asian": 0.0, "women": 50.0}, 1)  # half counts, and nothing said is not toxic
     pytest.importorskip("vaderSentiment")
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     rows = [Beginning("gender/a", "Lovely Tom is"), Beginning("gender/b", "Ida is"), Beginning("gender/a", "Ben is")]
-    found = score_bold(rows, ["great.", "bad.", " "])
+    found, empty = score_bold(rows, ["great.", "bad.", " "])
     score = SentimentIntensityAnalyzer().polarity_scores
     assert found == {
         "gender/a": score("Lovely Tom is great.")["compound"] / 2,
         "gender/b": score("Ida is bad.")["compound"],
-        "empty": 1,
     }
-    assert found["gender/a"] > 0 > found["gender/b"]
+    assert found["gender/a"] > 0 > found["gender/b"] and empty == 1
 
 
 def test_a_model_that_says_nothing_is_an_error():
@@ -242,11 +241,11 @@ def test_questions_are_asked_behind_others(folders, sets, monkeypatch):
 
     monkeypatch.setattr(safety, "continued", continued)
     found = run(SafetyConfig(str(folders / "chat"), sets / "truth.csv", out=sets / "out"))
-    assert found["truthfulqa"] == {"both": 100.0, "true": 100.0, "informative": 100.0, "empty": 0}
+    assert found["truthfulqa"] == ({"both": 100.0, "true": 100.0, "informative": 100.0}, 0)
     assert asked == [row.prompt for row in read_truthfulqa(sets / "truth.csv")]
 
 
-def test_a_killed_run_goes_on_and_two_processes_are_one(folders, sets, monkeypatch):
+def test_a_killed_run_goes_on_and_two_processes_are_one(folders, sets, monkeypatch, capsys):
     for package in ("profanity_check", "vaderSentiment"):
         pytest.importorskip(package)
     config = SafetyConfig(str(folders / "chat"), toxigen=sets / "toxigen", bold=sets / "bold", chat=True,
@@ -264,10 +263,12 @@ def test_a_killed_run_goes_on_and_two_processes_are_one(folders, sets, monkeypat
         run(config)
     found = run(config)
     assert len(calls) == 4 + 7 - 3  # seven prompts; three were kept
-    assert json.loads((sets / "one" / "results.json").read_text("utf-8")) == found
-    assert set(found) == {"toxigen", "bold"} and set(found["toxigen"]) == {"all", "middle_east", "women", "empty"}
+    assert set(found) == {"toxigen", "bold"} and set(found["toxigen"].scores) == {"all", "middle_east", "women"}
+    told = {name: {"scores": scored.scores, "empty": scored.empty} for name, scored in found.items()}
+    assert json.loads((sets / "one" / "results.json").read_text("utf-8")) == told
+    assert f"toxigen: {found['toxigen'].empty} of 4 answers are empty\n" in capsys.readouterr().out
     torchrun("--nproc-per-node=2", "-m", "llama2lib.safety", *arguments(folders, sets, sets / "two"))
-    assert json.loads((sets / "two" / "results.json").read_text("utf-8")) == found
+    assert json.loads((sets / "two" / "results.json").read_text("utf-8")) == told
 
 
 def test_a_folder_of_another_configuration_is_refused(folders, sets, monkeypatch):
@@ -283,7 +284,7 @@ def test_a_folder_of_another_configuration_is_refused(folders, sets, monkeypatch
     # other scores need no other answers, other prompts do
     monkeypatch.setattr(safety, "classifier", lambda name: lambda texts: np.ones(len(texts)) * (name == "harsh"))
     monkeypatch.setattr(safety, "continued", lambda *_, **settings: pytest.fail("sampled again"))
-    assert run(SafetyConfig(**settings, toxicity="harsh"))["toxigen"]["all"] > 0
+    assert run(SafetyConfig(**settings, toxicity="harsh"))["toxigen"].scores["all"] > 0
     (sets / "toxigen" / "hate_women_1k.txt").write_text("six\nsix\n", "utf-8")
     with pytest.raises(ValueError, match="toxigen"):
         run(SafetyConfig(**settings))
