@@ -12,6 +12,7 @@ __all__ = [
     "classifier",
     "document_toxicity",
     "BINS",
+    "TOXIC",
     "Survey",
     "survey",
     "CompositionConfig",
@@ -166,6 +167,7 @@ def document_toxicity(documents: Iterable[str], classify: Classifier, lines: int
 # ---------- chapters/07_safety.py · A survey
 
 BINS = 50  # of the histogram of toxicity, from 0 to 1
+TOXIC = 0.5  # the score from which on a text counts as toxic (sections 4.1 and A.4.7)
 
 
 @dataclass
@@ -178,7 +180,7 @@ class Survey:
     axes: dict[str, int] = field(default_factory=dict)  # documents with any term of an axis
     groups: dict[str, dict[str, int]] = field(default_factory=dict)  # and of these, with one of a group
     toxicity: list[int] = field(default_factory=lambda: [0] * BINS)  # histogram of the documents that were scored
-    toxic: int = 0  # of these, with a score of 0.5 or more
+    toxic: int = 0  # of these, with a score of TOXIC or more
 
     def share(self, axis: str, group: str | None = None) -> float:
         "As Table 9: documents with any term of an axis, of all; or with a group's, of those of its axis. NaN of none."
@@ -195,7 +197,8 @@ class Survey:
             lines.append(f"{axis:<30} {self.share(axis):8.2%}")
             lines += [f"{group:>30} {self.share(axis, group):8.2%}" for group in groups]
         if scored := sum(self.toxicity):
-            lines.append(f"toxicity of 0.5 or more: {self.toxic:,} of {scored:,} documents, {self.toxic / scored:.2%}")
+            share = self.toxic / scored
+            lines.append(f"toxicity of {TOXIC} or more: {self.toxic:,} of {scored:,} documents, {share:.2%}")
         return "\n".join(lines)
 
 
@@ -235,7 +238,7 @@ def survey(
 
     for value in document_toxicity(english(), classify or (lambda texts: np.zeros(0))):
         found.toxicity[min(int(value * BINS), BINS - 1)] += 1
-        found.toxic += value >= 0.5
+        found.toxic += value >= TOXIC
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import NUMBERS, random_model, torchrun
 
-from llama2lib import red_team, safety, world
+from llama2lib import composition, red_team, safety, world
 from llama2lib.chat import Reply
 from llama2lib.checkpoint import save_checkpoint
 from llama2lib.generation import Completion
@@ -361,6 +361,16 @@ def test_what_violates_is_said_once(monkeypatch):
     assert safety.VIOLATION == red_team.VIOLATION == 2 and red_team.RISKS is world.RISKS
     monkeypatch.setattr(safety, "VIOLATION", 1)
     assert violates(np.array([[1, 2, 2], [1, 1, 2]])).tolist() == [False, True]
+
+
+def test_what_is_toxic_is_said_once(monkeypatch):
+    assert safety.TOXIC == composition.TOXIC == 0.5
+    for module in (safety, composition):
+        monkeypatch.setattr(module, "TOXIC", 0.7)
+    rows, classify = [Beginning("women", "a")] * 2, lambda texts: np.linspace(0.6, 0.7, len(texts))
+    assert score_toxigen(rows, ["x", "y"], classify).scores["all"] == 50
+    english = ["The old man walked slowly down the street to buy some bread."] * 2
+    assert composition.survey(english, {}, classify, rate=1.0).toxic == 1
 
 
 def test_real_files_are_read():
