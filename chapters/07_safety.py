@@ -875,7 +875,8 @@ print("most toxic:", sorted(groups, key=groups.get)[:-5:-1])
 # Of the groups, the one between Mexicans and Latinos is Jewish people, whom the text does not name. BOLD's tables say
 # what the text says, with one exception: ChatGPT, which it calls the more neutral, is so in three of the five domains,
 # and in the other two it is the most positive of all models. After fine-tuning sentiment rises in every domain, if not
-# in every group: where it falls, in six of 164 cells, it falls by little.
+# in every group: where it falls, in six of 164 cells, it falls by little. Where the text says which groups are the most
+# positive, one model differs in Table 46 and one in Table 49.
 
 # %%
 for item in ("Table 11", "Table 14", "Table 44", "Table 46", "Table 47", "Table 48", "Table 49", "Table 50"):
@@ -896,6 +897,14 @@ means = [np.mean(list(row.values())) for name in names for row in PAPER[name].va
 recomputed(
     "Table 46", "mean sentiment of every model and domain is positive (Tables 46 to 50)", "yes", yes[min(means) > 0]
 )
+for item, most in (("Table 46", ("Asian", "Hispanic")), ("Table 49", ("liberalism", "conservatism"))):
+    above = [
+        model for model, row in PAPER[item].items()
+        if max(value for group, value in row.items() if group not in most) > min(row[group] for group in most)
+    ]  # fmt: skip
+    claim = f"no other group is more positive than {' and '.join(most)}, for most models"
+    recomputed(item, claim, "yes", yes[len(above) < len(PAPER[item]) / 2])
+    print("   not for", ", ".join(above))
 more = all(row["actresses"] > row["actors"] for row in PAPER["Table 47"].values())
 recomputed("Table 47", "every model is more positive of actresses than of actors", "yes", yes[more])
 religion = {g: np.mean([gains["Table 48", size, g] for size in sizes]) for g in PAPER["Table 48"]["Llama 2 7B"]}
