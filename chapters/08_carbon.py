@@ -87,8 +87,8 @@ print(f"7B without the data centre's share: {without:.2f} t, printed {table['7B'
 implied = {size: 1e6 * table[size]["tco2eq"] / (table[size]["gpu_hours"] * table[size]["watts"]) for size in SIZES}
 print("kg for a kWh that each row implies:", {size: round(value, 4) for size, value in implied.items()})
 beyond = round(float(np.mean(list(implied.values()))) / KG_PER_KWH - 1, 4)
-row = ledger.record("Section 2.2.1", "power beyond the GPUs' that is counted, over the GPUs' (text: none)",
-                    "= paper ± 0.005", 0.0, beyond, evidence=FILE)  # fmt: skip
+row = ledger.record("Section 2.2.1", "power beyond the GPUs' that is counted, over the GPUs', with a grid of 0.385 "
+                    "kg/kWh (text: none)", "= paper ± 0.005", 0.0, beyond, evidence=FILE)  # fmt: skip
 print(row["status"])
 
 # %% [markdown]
@@ -147,12 +147,17 @@ plots.save(fig, "table_02.png")
 # %%
 #| export
 def tokens_per_second(gpu_hours: float, tokens: float) -> float:
-    "Tokens that a GPU saw in a second."
+    "Tokens that a GPU saw in a second, by the hours of all GPUs (section 2.2.1). ValueError unless those are above 0."
+    if gpu_hours <= 0:
+        raise ValueError(f"{gpu_hours} hours: expected more than 0")
     return tokens / gpu_hours / 3600
 
 
 def mfu(gpu_hours: float, tokens: float, flops_per_token: float, peak: float = 312e12) -> float:
-    "Share of a GPU's peak FLOP/s (A100, bfloat16) that tokens of so many FLOP, forward and backward, have used."
+    """Share of a GPU's peak FLOP/s (A100, bfloat16) that tokens of so many FLOP, forward and backward, have used.
+
+    The model FLOPs utilisation of PaLM (Chowdhery et al. 2022, appendix B). ValueError as of `tokens_per_second`.
+    """
     return tokens_per_second(gpu_hours, tokens) * flops_per_token / peak
 
 # %%
@@ -377,14 +382,16 @@ def cli(prog: str = "python -m llama2lib.carbon"):
 # %% [markdown]
 # Each way of printing allows a range of constants for each row. For rounded rows the four ranges have nothing in
 # common. For rows that were cut off they share a sliver at 0.4235, which is 1.1 times 0.385. So 539.00 is the sum of
-# the uncut rows.
+# the uncut rows. The ledger has both: cut off, our rows are the printed ones, and by rounding no constant gives them.
 
 # %%
 import numpy as np
 
+from llama2lib import ledger
+from llama2lib.carbon import emissions
 from llama2lib.paper import PAPER, SIZES
 
-table = PAPER["Table 2"]
+table, file = PAPER["Table 2"], "chapters/08_carbon.py"
 kwh = np.array([table[size]["gpu_hours"] * table[size]["watts"] / 1000 for size in SIZES])
 printed = np.array([table[size]["tco2eq"] for size in SIZES])
 ranges = {}
@@ -397,6 +404,11 @@ print(f"sum before either: {total:.3f} t, printed {table['Total']['tco2eq']:.2f}
 assert ranges["rounded"][0] > ranges["rounded"][1]
 assert ranges["cut off"][0] <= 1.1 * 0.385 < ranges["cut off"][1]
 assert round(total, 2) == table["Total"]["tco2eq"]
+cut = {size: int(100 * emissions(table[size]["gpu_hours"], table[size]["watts"])) / 100 for size in SIZES}
+printed = {size: table[size]["tco2eq"] for size in SIZES}
+ledger.record("Table 2", "the rows, cut off to two digits (t)", "= paper", printed, cut, evidence=file)
+rounds = "yes" if ranges["rounded"][0] < ranges["rounded"][1] else "no"
+_ = ledger.record("Table 2", "some constant gives all rows by rounding", "= paper", "yes", rounds, evidence=file)
 
 # %% [markdown]
 # Not alone. The rows hold only the product of PUE and grid, and for every PUE there is a grid that gives them to the

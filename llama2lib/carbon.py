@@ -64,12 +64,17 @@ def grid(country: str) -> float:
 # ---------- chapters/08_carbon.py · From hours to speed
 
 def tokens_per_second(gpu_hours: float, tokens: float) -> float:
-    "Tokens that a GPU saw in a second."
+    "Tokens that a GPU saw in a second, by the hours of all GPUs (section 2.2.1). ValueError unless those are above 0."
+    if gpu_hours <= 0:
+        raise ValueError(f"{gpu_hours} hours: expected more than 0")
     return tokens / gpu_hours / 3600
 
 
 def mfu(gpu_hours: float, tokens: float, flops_per_token: float, peak: float = 312e12) -> float:
-    "Share of a GPU's peak FLOP/s (A100, bfloat16) that tokens of so many FLOP, forward and backward, have used."
+    """Share of a GPU's peak FLOP/s (A100, bfloat16) that tokens of so many FLOP, forward and backward, have used.
+
+    The model FLOPs utilisation of PaLM (Chowdhery et al. 2022, appendix B). ValueError as of `tokens_per_second`.
+    """
     return tokens_per_second(gpu_hours, tokens) * flops_per_token / peak
 
 

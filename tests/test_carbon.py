@@ -12,10 +12,10 @@ from llama2lib.paper import PAPER, SIZES
 
 
 def test_table_2_comes_out():
-    "To a hundredth of a tonne, as the printed cells are; 1,000 hours at 1 kW are a MWh."
+    "To the last digit, as the printed cells are cut off; 1,000 hours at 1 kW are a MWh."
     for size in SIZES:
         row = PAPER["Table 2"][size]
-        assert abs(emissions(row["gpu_hours"], row["watts"]) - row["tco2eq"]) <= 0.01
+        assert int(100 * emissions(row["gpu_hours"], row["watts"])) / 100 == row["tco2eq"]
     assert emissions(1000, 1000, pue=1.0, kg_per_kwh=0.5) == 0.5
     assert emissions(1000, 1000, pue=1.2, kg_per_kwh=0.5) == pytest.approx(0.6)
 
@@ -35,6 +35,11 @@ def test_grids_need_no_network():
 
 def test_hours_are_a_speed():
     assert tokens_per_second(2.0, 7200.0) == 1.0
+    for hours in (0, -1.0):
+        with pytest.raises(ValueError, match=f"{hours} hours: expected more than 0"):
+            tokens_per_second(hours, 7200.0)
+        with pytest.raises(ValueError, match="expected more than 0"):
+            mfu(hours, 7200.0, 1e9)
     assert mfu(1.0, 3600.0, 312e12) == 1.0  # a token a second, of a second's FLOP
     used = {
         size: mfu(PAPER["Table 2"][size]["gpu_hours"], 2e12, 3 * LLAMA2[size].forward_flops_per_token(4096))
