@@ -987,7 +987,7 @@ def solve(
 
     generate: (problems, samples) -> for each problem its continuations. A program that occurs twice runs once.
     timeout, memory: of `run_program`; workers: programs that run at a time, by default one for each core. Under
-    torchrun its processes divide the programs.
+    torchrun its processes divide the programs. ValueError for another number of continuations.
     """
     texts = generate(problems, samples)
     if [len(some) for some in texts] != [samples] * len(problems):
@@ -1223,7 +1223,9 @@ MINI = {
 
 
 def mini_task(name: str, count: int = 400):
-    "A task of MINI for the harness."
+    "A task of MINI for the harness. ValueError for another name."
+    if name not in MINI:
+        raise ValueError(f"task {name!r}: expected one of {', '.join(MINI)}")
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -1262,7 +1264,7 @@ LOCAL = {  # name of a task -> where it comes from; {0} is what the group in the
         "truthfulqa/{0}.yaml", {"test": "truthfulqa/TruthfulQA.csv"}, "truthfulqa_rows", {"fewshot_split": None}
     ),
 }  # fmt: skip
-GROUPS = {  # Table 3
+TASKS = {  # of the groups of Table 3
     "code": CODE,
     "commonsense": (
         "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "commonsense_qa"
@@ -1333,8 +1335,8 @@ def tasks_of(names: Sequence[str], folder: Path | None, shots: int | None = None
 
             manager = manager or TaskManager()
             if name not in manager.all_tasks:
-                close = get_close_matches(name, [*GROUPS, *MINI, *CODE, *manager.all_tasks], n=3)
-                raise ValueError(f"task {name!r}: expected {', '.join(GROUPS)}, {', '.join(CODE)} or a task of the "
+                close = get_close_matches(name, [*TASKS, *MINI, *CODE, *manager.all_tasks], n=3)
+                raise ValueError(f"task {name!r}: expected {', '.join(TASKS)}, {', '.join(CODE)} or a task of the "
                                  f"harness; near it are {', '.join(close) or 'none'}")  # fmt: skip
             try:
                 found[name] = manager.load([name])
@@ -1456,7 +1458,9 @@ def programmer(
 
 
 def read_problems(name: str, folder: Path | None, shots: int | None = None) -> list[Problem]:
-    "The problems of a task of CODE from a folder of files. ValueError without them."
+    "The problems of a task of CODE from a folder of files. ValueError without them, and for another name."
+    if name not in CODE:
+        raise ValueError(f"task {name!r}: expected one of {', '.join(CODE)}")
     pattern = {"humaneval": "humaneval/HumanEval*.jsonl*", "mbpp": "mbpp/mbpp*.jsonl"}[name]
     file = one_file(folder, pattern) if folder else None
     if file is None:
@@ -1543,7 +1547,7 @@ def run(config: EvaluateConfig) -> dict[str, dict]:
     ValueError, before the weights are loaded, for a task, a file or a setting that is wrong.
     """
     given = [name.strip() for name in config.tasks.split(",") if name.strip()]
-    names = list(dict.fromkeys(one for name in given for one in GROUPS.get(name, [name])))
+    names = list(dict.fromkeys(one for name in given for one in TASKS.get(name, [name])))
     if not names or (config.shots or 0) < 0 or (config.limit is not None and config.limit < 1) or config.samples < 1:
         found = f"tasks {config.tasks!r}, shots {config.shots}, limit {config.limit}, samples {config.samples}"
         raise ValueError(f"{found}: expected names, and positive numbers")
@@ -1743,7 +1747,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
@@ -1833,7 +1837,7 @@ def _begun(corpus: Shards | Sequence, folder: Path, vocab_size: int, part_tokens
     if folder.exists() and not all(item.name.startswith(left_over) for item in folder.iterdir()):
         raise ValueError(f"{folder}: expected an index, or a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, content = _write(folder / TOKENS, _padded(corpus, vocab_size))
+    tokens, content = _write(folder / TOKENS, _bordered(corpus, vocab_size))
     header = fixed | {"part_tokens": part_tokens, "tokens": tokens - LONGEST, "sha256": content, "parts": []}
     if not header["tokens"]:
         raise ValueError(f"{folder}: a corpus without tokens")
@@ -1841,7 +1845,7 @@ def _begun(corpus: Shards | Sequence, folder: Path, vocab_size: int, part_tokens
     return header
 
 
-def _padded(corpus: Shards | Sequence, vocab_size: int) -> Iterator[np.ndarray]:
+def _bordered(corpus: Shards | Sequence, vocab_size: int) -> Iterator[np.ndarray]:
     "A corpus's ids, and borders behind its end, so that any look-up from any place finds enough."
     yield from _pieces(corpus, vocab_size)
     yield np.full(LONGEST, np.iinfo(_type(vocab_size)).max, _type(vocab_size))
@@ -1939,12 +1943,14 @@ class CorpusIndex:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise ValueError(f"{self.folder / name}: its sha256 differs from the header's")
 
-    def places(self, part: int, ranks: np.ndarray) -> np.ndarray:
+    def places(self, part: int, ranks: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
         "Where in `text` the suffixes with these ranks in a part's order begin."
         return self._first[part] + self._suffixes[part][ranks].astype(np.int64)
 
-    def ranges(self, part: int, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "First rank in a part's order, and the one behind the last, of the suffixes that begin with each run. (Q n)"
+    def ranges(
+        self, part: int, runs: UInt[np.ndarray, "Q n"]
+    ) -> tuple[Int[np.ndarray, "Q"], Int[np.ndarray, "Q"]]:
+        "First rank in a part's order, and the one behind the last, of the suffixes that begin with each run."
         wanted, size = as_keys(runs), len(self._suffixes[part])
         rows = sliding_window_view(self.text, runs.shape[1])
         step = max(256, size // max(len(wanted), 1))
@@ -2031,7 +2037,7 @@ from llama2lib.suffix_index import CorpusIndex, as_keys, build_index, stored_ids
 from llama2lib.tokenizer import Tokenizer
 
 EXACT = 10  # tokens at the beginning of a span that may not differ
-FREQUENT, FEW = 1024, 32  # from more places and begins of one run on, only the places that can matter are looked at
+FREQUENT, BEGINS = 1024, 32  # from more places and begins of one run on, only the places that can matter are looked at
 
 
 def spans(
@@ -2115,7 +2121,7 @@ def _frequent(index, places, before, ids, begin, last, budget) -> np.ndarray:
     values, of = np.unique(before, return_inverse=True)
     for number, value in enumerate(values):
         rows, new = np.flatnonzero(of == number), places[left != value]
-        if len(new) > FREQUENT and len(begin) > FEW:
+        if len(new) > FREQUENT and len(begin) > BEGINS:
             hard.append(rows)
         elif len(new):
             lengths[rows] = [EXACT + _furthest(index, new, ids, begin[row], last[row], budget) for row in rows]
@@ -2636,6 +2642,7 @@ def cost(tokens: int, samples: int = 5000) -> dict[str, float]:
     """Seconds and memory (GB) of a made-up corpus of so many tokens, and of samples of 200; on Unix.
 
     The keys are 'index' and 'match', in seconds of the processor, 'wall', in seconds, and 'peak', of this process.
+    ValueError where the copies are not found, or other samples are.
     """
     import time
 

@@ -3,7 +3,7 @@
 __all__ = [
     "EXACT",
     "FREQUENT",
-    "FEW",
+    "BEGINS",
     "spans",
     "covered",
     "contaminated_tokens",
@@ -52,7 +52,7 @@ from llama2lib.suffix_index import CorpusIndex, as_keys, build_index, stored_ids
 from llama2lib.tokenizer import Tokenizer
 
 EXACT = 10  # tokens at the beginning of a span that may not differ
-FREQUENT, FEW = 1024, 32  # from more places and begins of one run on, only the places that can matter are looked at
+FREQUENT, BEGINS = 1024, 32  # from more places and begins of one run on, only the places that can matter are looked at
 
 
 def spans(
@@ -136,7 +136,7 @@ def _frequent(index, places, before, ids, begin, last, budget) -> np.ndarray:
     values, of = np.unique(before, return_inverse=True)
     for number, value in enumerate(values):
         rows, new = np.flatnonzero(of == number), places[left != value]
-        if len(new) > FREQUENT and len(begin) > FEW:
+        if len(new) > FREQUENT and len(begin) > BEGINS:
             hard.append(rows)
         elif len(new):
             lengths[rows] = [EXACT + _furthest(index, new, ids, begin[row], last[row], budget) for row in rows]
@@ -305,6 +305,7 @@ def cost(tokens: int, samples: int = 5000) -> dict[str, float]:
     """Seconds and memory (GB) of a made-up corpus of so many tokens, and of samples of 200; on Unix.
 
     The keys are 'index' and 'match', in seconds of the processor, 'wall', in seconds, and 'peak', of this process.
+    ValueError where the copies are not found, or other samples are.
     """
     import time
 

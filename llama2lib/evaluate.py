@@ -15,7 +15,7 @@ __all__ = [
     "mini_task",
     "Source",
     "LOCAL",
-    "GROUPS",
+    "TASKS",
     "SHOTS",
     "one_file",
     "from_files",
@@ -166,7 +166,9 @@ MINI = {
 
 
 def mini_task(name: str, count: int = 400):
-    "A task of MINI for the harness."
+    "A task of MINI for the harness. ValueError for another name."
+    if name not in MINI:
+        raise ValueError(f"task {name!r}: expected one of {', '.join(MINI)}")
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
@@ -205,7 +207,7 @@ LOCAL = {  # name of a task -> where it comes from; {0} is what the group in the
         "truthfulqa/{0}.yaml", {"test": "truthfulqa/TruthfulQA.csv"}, "truthfulqa_rows", {"fewshot_split": None}
     ),
 }  # fmt: skip
-GROUPS = {  # Table 3
+TASKS = {  # of the groups of Table 3
     "code": CODE,
     "commonsense": (
         "piqa", "social_iqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "commonsense_qa"
@@ -276,8 +278,8 @@ def tasks_of(names: Sequence[str], folder: Path | None, shots: int | None = None
 
             manager = manager or TaskManager()
             if name not in manager.all_tasks:
-                close = get_close_matches(name, [*GROUPS, *MINI, *CODE, *manager.all_tasks], n=3)
-                raise ValueError(f"task {name!r}: expected {', '.join(GROUPS)}, {', '.join(CODE)} or a task of the "
+                close = get_close_matches(name, [*TASKS, *MINI, *CODE, *manager.all_tasks], n=3)
+                raise ValueError(f"task {name!r}: expected {', '.join(TASKS)}, {', '.join(CODE)} or a task of the "
                                  f"harness; near it are {', '.join(close) or 'none'}")  # fmt: skip
             try:
                 found[name] = manager.load([name])
@@ -358,7 +360,9 @@ def programmer(
 
 
 def read_problems(name: str, folder: Path | None, shots: int | None = None) -> list[Problem]:
-    "The problems of a task of CODE from a folder of files. ValueError without them."
+    "The problems of a task of CODE from a folder of files. ValueError without them, and for another name."
+    if name not in CODE:
+        raise ValueError(f"task {name!r}: expected one of {', '.join(CODE)}")
     pattern = {"humaneval": "humaneval/HumanEval*.jsonl*", "mbpp": "mbpp/mbpp*.jsonl"}[name]
     file = one_file(folder, pattern) if folder else None
     if file is None:
@@ -440,7 +444,7 @@ def run(config: EvaluateConfig) -> dict[str, dict]:
     ValueError, before the weights are loaded, for a task, a file or a setting that is wrong.
     """
     given = [name.strip() for name in config.tasks.split(",") if name.strip()]
-    names = list(dict.fromkeys(one for name in given for one in GROUPS.get(name, [name])))
+    names = list(dict.fromkeys(one for name in given for one in TASKS.get(name, [name])))
     if not names or (config.shots or 0) < 0 or (config.limit is not None and config.limit < 1) or config.samples < 1:
         found = f"tasks {config.tasks!r}, shots {config.shots}, limit {config.limit}, samples {config.samples}"
         raise ValueError(f"{found}: expected names, and positive numbers")

@@ -197,7 +197,7 @@ def solve(
 
     generate: (problems, samples) -> for each problem its continuations. A program that occurs twice runs once.
     timeout, memory: of `run_program`; workers: programs that run at a time, by default one for each core. Under
-    torchrun its processes divide the programs.
+    torchrun its processes divide the programs. ValueError for another number of continuations.
     """
     texts = generate(problems, samples)
     if [len(some) for some in texts] != [samples] * len(problems):

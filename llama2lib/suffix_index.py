@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
@@ -110,7 +110,7 @@ def _begun(corpus: Shards | Sequence, folder: Path, vocab_size: int, part_tokens
     if folder.exists() and not all(item.name.startswith(left_over) for item in folder.iterdir()):
         raise ValueError(f"{folder}: expected an index, or a new or empty folder")
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, content = _write(folder / TOKENS, _padded(corpus, vocab_size))
+    tokens, content = _write(folder / TOKENS, _bordered(corpus, vocab_size))
     header = fixed | {"part_tokens": part_tokens, "tokens": tokens - LONGEST, "sha256": content, "parts": []}
     if not header["tokens"]:
         raise ValueError(f"{folder}: a corpus without tokens")
@@ -118,7 +118,7 @@ def _begun(corpus: Shards | Sequence, folder: Path, vocab_size: int, part_tokens
     return header
 
 
-def _padded(corpus: Shards | Sequence, vocab_size: int) -> Iterator[np.ndarray]:
+def _bordered(corpus: Shards | Sequence, vocab_size: int) -> Iterator[np.ndarray]:
     "A corpus's ids, and borders behind its end, so that any look-up from any place finds enough."
     yield from _pieces(corpus, vocab_size)
     yield np.full(LONGEST, np.iinfo(_type(vocab_size)).max, _type(vocab_size))
@@ -210,12 +210,14 @@ class CorpusIndex:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     raise ValueError(f"{self.folder / name}: its sha256 differs from the header's")
 
-    def places(self, part: int, ranks: np.ndarray) -> np.ndarray:
+    def places(self, part: int, ranks: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
         "Where in `text` the suffixes with these ranks in a part's order begin."
         return self._first[part] + self._suffixes[part][ranks].astype(np.int64)
 
-    def ranges(self, part: int, runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "First rank in a part's order, and the one behind the last, of the suffixes that begin with each run. (Q n)"
+    def ranges(
+        self, part: int, runs: UInt[np.ndarray, "Q n"]
+    ) -> tuple[Int[np.ndarray, "Q"], Int[np.ndarray, "Q"]]:
+        "First rank in a part's order, and the one behind the last, of the suffixes that begin with each run."
         wanted, size = as_keys(runs), len(self._suffixes[part])
         rows = sliding_window_view(self.text, runs.shape[1])
         step = max(256, size // max(len(wanted), 1))

@@ -75,7 +75,7 @@ def thresholds(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "as it is":
             patch.setattr(contamination, "FREQUENT", 0)
-            patch.setattr(contamination, "FEW", 0)
+            patch.setattr(contamination, "BEGINS", 0)
         yield
 
 
@@ -429,6 +429,12 @@ def test_another_tokenizer_is_refused_and_none_is_asked_for(corpus):
         run(ContaminationConfig(corpus / "shards", samples))
     with pytest.raises(ValueError, match="min_lens"):
         ContaminationConfig(corpus / "shards", samples, min_lens=(3,))
+
+
+def test_copies_that_are_not_found_are_an_error(monkeypatch):
+    monkeypatch.setattr(contamination, "covered", lambda lengths: np.zeros(len(lengths), bool))
+    with pytest.raises(ValueError, match="0% of the copies found, and 0% of the others"):
+        contamination.cost(10_000, 10)
 
 
 def test_the_peak_of_memory_is_not_the_parents():

@@ -19,12 +19,14 @@ from llama2lib.checkpoint import save_checkpoint
 from llama2lib.continuations import cut, loglikelihoods, tokens_until, written_until
 from llama2lib.evaluate import (
     CHOICE,
-    GROUPS,
     MINI,
     OPEN,
+    TASKS,
     EvaluateConfig,
     ask,
     mini_rows,
+    mini_task,
+    read_problems,
     right,
     run,
     tasks_of,
@@ -359,7 +361,7 @@ def test_every_task_of_a_group_is_one_of_the_harness():
     named = re.compile(r"^(?:task|group|tag): *['\"]?(\w+)", re.M)
     files = Path(lm_eval.__file__).parent.glob("tasks/**/*.yaml")
     known = {name for file in files for name in named.findall(file.read_text("utf-8"))}
-    assert {name for names in GROUPS.values() for name in names} <= known | {*MINI, *evaluate.CODE}
+    assert {name for names in TASKS.values() for name in names} <= known | {*MINI, *evaluate.CODE}
 
 
 def test_an_unknown_task_is_named_with_its_neighbours(monkeypatch):
@@ -420,6 +422,13 @@ def test_the_mini_task_counts_right_answers(tokenizer):
     scores, samples = ask(Knowing(tokenizer, *known), tasks_of(["mini_choice"], None)["mini_choice"], limit=10)
     found = [row["acc"] for row in samples["mini_choice"]]
     assert found[:4] == [1.0] * 4 and scores["mini_choice"]["metrics"]["acc"]["value"] == pytest.approx(np.mean(found))
+
+
+def test_a_name_that_is_no_task_is_told_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="task 'mini_choices': expected one of mini_choice, mini_open"):
+        mini_task("mini_choices")
+    with pytest.raises(ValueError, match="task 'apps': expected one of humaneval, mbpp"):
+        read_problems("apps", tmp_path)
 
 
 # ---------- the command
