@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llama2lib import mini_safety
+from llama2lib.chat import Reply
 from llama2lib.distillation import Distilled
 from llama2lib.judge import SAFE, read_task, scores
 from llama2lib.mini_safety import (
@@ -17,9 +18,11 @@ from llama2lib.mini_safety import (
     degree_of,
     preceded_dialogues,
     probes,
+    pulled,
     rated,
     refuses,
     risk_of,
+    timed,
     way_of,
 )
 from llama2lib.synthetic import answer, prompt, question
@@ -118,3 +121,44 @@ def test_questions_under_stated_years():
         assert [task.future for task in tasks] == [year is not None and year < years[0] for year in stated]
         right = answer(np.random.default_rng(3), replace(tasks[-1], rules=()), "full")
         assert scores([dialogs[-1]], [(right, True)])[0, 0] > 0.5
+
+
+def test_answers_of_a_comparison_are_safe_or_not_as_its_annotators_say(monkeypatch):
+    "Both answers of each row, the chosen one first; rows without a label are left out."
+    labels = ("chosen_safe", None, "both_unsafe", "both_safe")
+    rows = [{"messages": ASK, "chosen": f"c{n}", "rejected": f"r{n}", "safety": it} for n, it in enumerate(labels)]
+    monkeypatch.setattr(mini_safety.mini_rewards, "comparisons", lambda seed, value, split: (rows, seed, value, split))
+    monkeypatch.setattr(mini_safety.mini, "tokenizer", lambda: None)
+    monkeypatch.setattr(mini_safety, "reward_model", lambda seed, value: {"safety": 1.0, "helpfulness": -1.0}[value])
+    monkeypatch.setattr(mini_safety, "score", lambda sign, _, told: sign * np.arange(len(told)))
+    found = pulled({"seed": 0})
+    assert found["safe"].tolist() == [1, 0, 0, 0, 1, 1]
+    assert found["last"] == [[ASK[0]["content"], text] for text in ("c0", "r0", "c2", "r2", "c3", "r3")]
+    assert found["safety"] == pytest.approx(1 / (1 + np.exp(-np.arange(6))))
+    assert found["helpfulness"] == pytest.approx(1 - found["safety"])
+
+
+@pytest.mark.parametrize("taught", [0, 6])
+def test_answers_under_stated_years_stand_in_rows_of_questions(monkeypatch, taught):
+    "All answers are right, but for that to the third question under the second year."
+    random, rows, asked = np.random.default_rng(4), dated(), []
+    tasks = [replace(read_task(messages), rules=()) for *_, messages in rows]
+    texts = [answer(random, task, "full") for task in tasks]
+    texts[2 * 11 + 1] = "I am not sure."
+
+    def respond(model, words, dialogs, limit):
+        asked.append((model, dialogs))
+        return [Reply(text, True) for text in texts]
+
+    monkeypatch.setattr(mini_safety, "respond", respond)
+    monkeypatch.setattr(mini_safety.mini, "tokenizer", lambda: None)
+    monkeypatch.setattr(mini_safety.mini, "chat", lambda seed: f"chat {seed}")
+    monkeypatch.setattr(mini_safety, "skilled", lambda seed, kind, count: f"{kind} {seed} {count}")
+    found = timed({"seed": 5, "taught": taught})
+    assert asked == [("dated 5 6" if taught else "chat 5", tuple(messages for *_, messages in rows))]
+    assert found["asked"].tolist() == [year for year, *_ in rows[::11]]
+    expected = found["asked"][:, None] > np.array([*YEARS, np.inf])  # nothing lies ahead where no year is stated
+    right = np.ones(expected.shape)
+    expected[2, 1], right[2, 1] = False, 0
+    assert np.array_equal(found["ahead"], expected) and np.array_equal(found["right"], right)
+    assert found["shown"] == [[m[-1]["content"], text] for (*_, m), text in zip(rows[:11], texts[:11], strict=True)]
