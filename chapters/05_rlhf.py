@@ -2605,7 +2605,8 @@ axes[1].legend()
 plots.save(fig, "figures_25_26.png")
 close = [[float(row["rating"] == "negligibly better") for row in of[0]] for of in batches.values()]
 later = [[float(row["rating"] == "negligibly better") for row in of[-1]] for of in batches.values()]
-verdict("Figure 25", "share of 'negligibly better', the last batch minus the first", "> 0", later, close)
+verdict("Figure 25", "share of 'negligibly better', the last batch minus the first", "> 0", later, close,
+        paired=False)  # fmt: skip
 
 # %% [markdown]
 # ### Diversity (Figure 21)

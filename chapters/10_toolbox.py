@@ -1914,6 +1914,12 @@ win_rate_interval(60, 40), win_rate_interval(60, 40, ties=100)
 
 # %%
 #| export stats
+def _t_interval(mean: float, variance: float, uncertainty: float, confidence: float) -> Interval:
+    "Student's interval of a mean; Satterthwaite's degrees of freedom are variance² / uncertainty."
+    half = stats.t.ppf((1 + confidence) / 2, variance**2 / uncertainty) * variance**0.5 if uncertainty else 0.0
+    return Interval(mean, float(mean - half), float(mean + half))
+
+
 def paired_interval(a, b, confidence: float = 0.95) -> Interval:
     """Mean of a - b with its interval over seeds and prompts: two-way random effects, Satterthwaite's t.
 
@@ -1936,8 +1942,30 @@ def paired_interval(a, b, confidence: float = 0.95) -> Interval:
     (s, s_df), (p, p_df), (c, c_df) = (((x**2).sum() / max(n, 1), max(df, 1)) for x, n, df in parts)
     variance = max(s + p - c, s, p)
     uncertainty = s**2 / s_df + p**2 / p_df + (c**2 / c_df if variance == s + p - c else 0)
-    half = stats.t.ppf((1 + confidence) / 2, variance**2 / uncertainty) * variance**0.5 if uncertainty else 0.0
-    return Interval(float(mean), float(mean - half), float(mean + half))
+    return _t_interval(float(mean), variance, uncertainty, confidence)
+
+
+# %% [markdown]
+# Two groups of prompts, say those with clear and with close answers, have no pairs. Each seed then has a difference of
+# two means, whose variances add up; and where each seed has prompts of its own, seeds differ by no less than that.
+
+# %%
+#| export stats
+def unpaired_interval(a, b, confidence: float = 0.95) -> Interval:
+    """Mean over seeds of mean(a) - mean(b) with its interval; for one seed this is Welch's.
+
+    a, b: for each seed a list of scores, of any length, of prompts that no other seed has; a score in `a` has none in
+    `b` that belongs to it. ValueError: other numbers of seeds, a list of fewer than two scores, one that is not finite.
+    """
+    seeds = [tuple(np.asarray(part, dtype=np.float64) for part in pair) for pair in zip(a, b, strict=True)]
+    parts = [part for pair in seeds for part in pair]
+    if not parts or min(map(len, parts)) < 2 or not all(np.isfinite(part).all() for part in parts):
+        raise ValueError("unpaired scores must be finite, and at least two of each seed in both groups")
+    effects = np.array([one.mean() - other.mean() for one, other in seeds])
+    s, s_df = effects.var(ddof=1) / len(seeds) if len(seeds) > 1 else 0.0, max(len(seeds) - 1, 1)
+    within = np.array([part.var(ddof=1) / len(part) for part in parts]) / len(seeds) ** 2
+    uncertainty = s**2 / s_df + (within**2 / [len(part) - 1 for part in parts]).sum()
+    return _t_interval(float(effects.mean()), max(s, within.sum()), uncertainty, confidence)
 
 
 # %%
@@ -1946,6 +1974,8 @@ scores = random.normal(size=(3, 200))
 better = paired_interval(scores + 0.1 + random.normal(0, 0.3, (3, 200)), scores)
 assert better.low < better.value < better.high
 assert np.allclose(paired_interval(scores, scores + 0.25), -0.25)  # no spread in, no spread out
+expected = stats.ttest_ind(scores[0], scores[1, :50], equal_var=False).confidence_interval()
+assert np.allclose(unpaired_interval(scores[:1], scores[1:2, :50])[1:], expected)
 better
 
 # %% [markdown]
@@ -1994,7 +2024,8 @@ for n_seeds in (3, 5):
 #
 # Nearly all claims that the book tests on trained models are a difference of two lists of scores, with a list for each
 # seed. `compare` makes a row of the ledger of them, `recomputed` of what follows from the paper's own numbers, and
-# `illustrated` of a figure that stands beside one of the paper's.
+# `illustrated` of a figure that stands beside one of the paper's. Scores at the same place of two lists are of the same
+# prompt. Where they are of two groups of prompts (`paired=False`), the means of the groups are compared, not pairs.
 
 
 # %%
@@ -2006,7 +2037,7 @@ from jaxtyping import Float
 
 from llama2lib import ledger
 from llama2lib.recipes import scale
-from llama2lib.stats import paired_interval
+from llama2lib.stats import paired_interval, unpaired_interval
 
 
 def compare(
@@ -2019,21 +2050,30 @@ def compare(
     printed=None,
     *,
     evidence: str,
+    paired: bool = True,
 ) -> dict | None:
     """Record the mean of `more` minus `less`, scores for each seed, as a row of the ledger, and print its verdict.
 
-    item, claim, criterion, printed, evidence: as in `ledger.record`. Where lists differ in length, each is cut to the
-    shortest. None at the smoke scale, where nothing is learned, and for a single score, which has no interval.
+    item, claim, criterion, printed, evidence: as in `ledger.record`. paired: the scores at a place of the two lists of
+    a seed are of the same prompt; else they are of two groups of prompts. Seeds have the same prompts where they have
+    as many, and otherwise prompts of their own. None at the smoke scale, where nothing is learned, and for a single
+    score, which has no interval. ValueError for paired lists of different lengths, and as of `stats`.
     """
+    more, less = ([np.asarray(part, float) for part in parts] for parts in (more, less))
+    for seed, one, other in zip(seeds, more, less, strict=True):
+        if paired and len(one) != len(other):
+            raise ValueError(f"{claim}, seed {seed}: expected pairs of scores, found {len(one)} and {len(other)}")
     if scale() == "smoke":
         return None
-    size = min(map(len, (*more, *less)))
-    more, less = (np.stack([np.asarray(part, float)[:size] for part in parts]) for parts in (more, less))
-    effects = dict(zip(seeds, (more - less).mean(1).tolist(), strict=True))
-    if more.size == 1:
+    if paired:
+        more = [one - other for one, other in zip(more, less, strict=True)]
+        less = [0 * part for part in more]
+    effects = {seed: float(one.mean() - other.mean()) for seed, one, other in zip(seeds, more, less, strict=True)}
+    if sum(map(len, more)) == 1:
         print(f"{claim}: {effects}, {criterion}: not judged, one score has no interval")
         return None
-    gap = paired_interval(more, less)
+    same_prompts = paired and len({*map(len, more)}) == 1
+    gap = (paired_interval if same_prompts else unpaired_interval)(more, less)
     row = ledger.record(
         item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
     )

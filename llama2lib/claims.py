@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from llama2lib import ledger
 from llama2lib.recipes import scale
-from llama2lib.stats import paired_interval
+from llama2lib.stats import paired_interval, unpaired_interval
 
 
 def compare(
@@ -29,21 +29,30 @@ def compare(
     printed=None,
     *,
     evidence: str,
+    paired: bool = True,
 ) -> dict | None:
     """Record the mean of `more` minus `less`, scores for each seed, as a row of the ledger, and print its verdict.
 
-    item, claim, criterion, printed, evidence: as in `ledger.record`. Where lists differ in length, each is cut to the
-    shortest. None at the smoke scale, where nothing is learned, and for a single score, which has no interval.
+    item, claim, criterion, printed, evidence: as in `ledger.record`. paired: the scores at a place of the two lists of
+    a seed are of the same prompt; else they are of two groups of prompts. Seeds have the same prompts where they have
+    as many, and otherwise prompts of their own. None at the smoke scale, where nothing is learned, and for a single
+    score, which has no interval. ValueError for paired lists of different lengths, and as of `stats`.
     """
+    more, less = ([np.asarray(part, float) for part in parts] for parts in (more, less))
+    for seed, one, other in zip(seeds, more, less, strict=True):
+        if paired and len(one) != len(other):
+            raise ValueError(f"{claim}, seed {seed}: expected pairs of scores, found {len(one)} and {len(other)}")
     if scale() == "smoke":
         return None
-    size = min(map(len, (*more, *less)))
-    more, less = (np.stack([np.asarray(part, float)[:size] for part in parts]) for parts in (more, less))
-    effects = dict(zip(seeds, (more - less).mean(1).tolist(), strict=True))
-    if more.size == 1:
+    if paired:
+        more = [one - other for one, other in zip(more, less, strict=True)]
+        less = [0 * part for part in more]
+    effects = {seed: float(one.mean() - other.mean()) for seed, one, other in zip(seeds, more, less, strict=True)}
+    if sum(map(len, more)) == 1:
         print(f"{claim}: {effects}, {criterion}: not judged, one score has no interval")
         return None
-    gap = paired_interval(more, less)
+    same_prompts = paired and len({*map(len, more)}) == 1
+    gap = (paired_interval if same_prompts else unpaired_interval)(more, less)
     row = ledger.record(
         item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
     )

@@ -4,6 +4,7 @@ __all__ = [
     "Interval",
     "win_rate_interval",
     "paired_interval",
+    "unpaired_interval",
     "WEIGHTS",
     "gwet_ac2",
     "gwet_ac1",
@@ -42,6 +43,12 @@ def win_rate_interval(wins: int, losses: int, ties: int = 0, confidence: float =
 
 # ---------- chapters/10_toolbox.py · Is a better than b?
 
+def _t_interval(mean: float, variance: float, uncertainty: float, confidence: float) -> Interval:
+    "Student's interval of a mean; Satterthwaite's degrees of freedom are variance² / uncertainty."
+    half = stats.t.ppf((1 + confidence) / 2, variance**2 / uncertainty) * variance**0.5 if uncertainty else 0.0
+    return Interval(mean, float(mean - half), float(mean + half))
+
+
 def paired_interval(a, b, confidence: float = 0.95) -> Interval:
     """Mean of a - b with its interval over seeds and prompts: two-way random effects, Satterthwaite's t.
 
@@ -64,8 +71,23 @@ def paired_interval(a, b, confidence: float = 0.95) -> Interval:
     (s, s_df), (p, p_df), (c, c_df) = (((x**2).sum() / max(n, 1), max(df, 1)) for x, n, df in parts)
     variance = max(s + p - c, s, p)
     uncertainty = s**2 / s_df + p**2 / p_df + (c**2 / c_df if variance == s + p - c else 0)
-    half = stats.t.ppf((1 + confidence) / 2, variance**2 / uncertainty) * variance**0.5 if uncertainty else 0.0
-    return Interval(float(mean), float(mean - half), float(mean + half))
+    return _t_interval(float(mean), variance, uncertainty, confidence)
+
+def unpaired_interval(a, b, confidence: float = 0.95) -> Interval:
+    """Mean over seeds of mean(a) - mean(b) with its interval; for one seed this is Welch's.
+
+    a, b: for each seed a list of scores, of any length, of prompts that no other seed has; a score in `a` has none in
+    `b` that belongs to it. ValueError: other numbers of seeds, a list of fewer than two scores, one that is not finite.
+    """
+    seeds = [tuple(np.asarray(part, dtype=np.float64) for part in pair) for pair in zip(a, b, strict=True)]
+    parts = [part for pair in seeds for part in pair]
+    if not parts or min(map(len, parts)) < 2 or not all(np.isfinite(part).all() for part in parts):
+        raise ValueError("unpaired scores must be finite, and at least two of each seed in both groups")
+    effects = np.array([one.mean() - other.mean() for one, other in seeds])
+    s, s_df = effects.var(ddof=1) / len(seeds) if len(seeds) > 1 else 0.0, max(len(seeds) - 1, 1)
+    within = np.array([part.var(ddof=1) / len(part) for part in parts]) / len(seeds) ** 2
+    uncertainty = s**2 / s_df + (within**2 / [len(part) - 1 for part in parts]).sum()
+    return _t_interval(float(effects.mean()), max(s, within.sum()), uncertainty, confidence)
 
 
 # ---------- chapters/10_toolbox.py · Do the raters agree?

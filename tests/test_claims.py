@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llama2lib.claims import compare, illustrated, recomputed
-from llama2lib.stats import paired_interval
+from llama2lib.stats import paired_interval, unpaired_interval
 
 EVIDENCE = "llama2lib/claims.py::def compare"
 RANDOM = np.random.default_rng(0)
@@ -29,10 +29,27 @@ def test_a_row_holds_the_difference_its_interval_and_an_effect_for_each_seed(cap
     assert row["status"] == "fails" and row["paper"] == 0.3
 
 
-def test_lists_of_different_lengths_are_cut_to_the_shortest():
-    more, less = [MORE[0], MORE[1, :40], MORE[2]], [LESS[0, :50], LESS[1], LESS[2]]
-    row = compare((0, 1, 2), "Table 7", "cut", "> 0", more, less, evidence=EVIDENCE)
-    assert row["ours"] == paired_interval(MORE[:, :40], LESS[:, :40]).value
+@pytest.mark.parametrize("scale", ["smoke", "laptop"])
+def test_scores_without_a_partner_are_no_pairs(monkeypatch, scale):
+    monkeypatch.setenv("LLAMA2_SCALE", scale)
+    with pytest.raises(ValueError, match="one more, seed 2: expected pairs of scores, found 60 and 59"):
+        compare((4, 2), "Table 7", "one more", "> 0", MORE[:2], [LESS[0], LESS[1, :59]], evidence=EVIDENCE)
+
+
+def test_two_groups_of_prompts_are_compared_by_their_means():
+    more, less = [MORE[0, :20], MORE[1, :25], MORE[2, :30]], [LESS[0, 20:], LESS[1, 25:], LESS[2, 30:]]
+    row = compare((4, 0, 2), "Table 7", "groups", "> 0", more, less, evidence=EVIDENCE, paired=False)
+    assert (row["ours"], *row["interval"]) == unpaired_interval(more, less)
+    effects = [one.mean() - other.mean() for one, other in zip(more, less, strict=True)]
+    assert row["seeds"] == dict(zip("402", effects, strict=True)) and row["ours"] == pytest.approx(np.mean(effects))
+
+
+def test_pairs_of_seeds_with_prompts_of_their_own_all_count():
+    more, less = [MORE[0], MORE[1, :40], MORE[2]], [LESS[0], LESS[1, :40], LESS[2]]
+    row = compare((0, 1, 2), "Table 7", "own prompts", "> 0", more, less, evidence=EVIDENCE)
+    gaps = [one - other for one, other in zip(more, less, strict=True)]
+    assert (row["ours"], *row["interval"]) == unpaired_interval(gaps, [np.zeros(len(part)) for part in gaps])
+    assert row["ours"] == pytest.approx(np.mean([part.mean() for part in gaps]))
 
 
 def test_hits_may_be_true_or_false():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import binomtest, ttest_1samp, ttest_ind
 
-from llama2lib.stats import WEIGHTS, gwet_ac1, gwet_ac2, paired_interval, win_rate_interval
+from llama2lib.stats import WEIGHTS, gwet_ac1, gwet_ac2, paired_interval, unpaired_interval, win_rate_interval
 
 IRRCAC = json.loads((Path(__file__).parent / "fixtures" / "gwet_irrcac.json").read_text("utf-8"))
 CASES = [(name, weights) for name, case in IRRCAC.items() if name != "source" for weights in case["gwet"]]
@@ -93,6 +93,49 @@ def test_it_holds_the_truth_as_often_as_it_says_with_three_seeds(seed_sd):
 def test_unusable_scores(a, b):
     with pytest.raises(ValueError, match="paired scores"):
         paired_interval(a, b)
+
+
+# ---------- differences of two groups
+
+
+def test_one_seed_gives_welchs_interval():
+    random = np.random.default_rng(5)
+    a, b = random.normal(0.3, 2, 40), random.normal(0, 1, 7)
+    expected = ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
+    assert np.allclose(unpaired_interval([a], [b], 0.9), [a.mean() - b.mean(), *expected])
+
+
+def test_groups_that_differ_between_seeds_alone_give_students_interval():
+    effects, b = np.array([-1.0, 0, 0.5, 1]), [np.zeros(4), np.zeros(2), np.zeros(9), np.zeros(3)]
+    found = unpaired_interval([effect + np.zeros(n) for n, effect in enumerate(effects, 2)], b)
+    assert np.allclose(found, [effects.mean(), *ttest_1samp(effects, 0).confidence_interval(0.95)])
+
+
+def test_pairs_would_count_what_the_groups_do_not_share():
+    "Scores that go up and down together are no help where nobody knows which belong together."
+    hard = np.random.default_rng(6).normal(0, 10, (3, 300))
+    (_, low, high), (_, from_, to) = paired_interval(hard + 1, hard), unpaired_interval(hard + 1, hard)
+    assert high - low < 1e-9 and to - from_ > 1
+
+
+@pytest.mark.parametrize("seed_sd", [0.0, 0.1, 1.0])
+def test_groups_of_each_seeds_own_prompts_hold_the_truth_as_often_as_they_say(seed_sd):
+    random, covered = np.random.default_rng(7), 0
+    for _ in range(600):
+        a = [random.normal(shift, 0.5, n) for shift, n in zip(random.normal(0, seed_sd, 3), (50, 60, 70), strict=True)]
+        found = unpaired_interval(a, [random.normal(0, 0.5, n) for n in (90, 70, 80)])
+        covered += found.low <= 0 <= found.high
+    assert 0.92 <= covered / 600 <= 0.995
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [([], [], "at least two"), ([[1, 2]], [[1]], "at least two"), ([[1, np.nan]], [[1, 2]], "finite"),
+     ([[1, 2], [1, 2]], [[1, 2]], "zip")],
+)  # fmt: skip
+def test_unusable_groups(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        unpaired_interval(a, b)
 
 
 # ---------- agreement
