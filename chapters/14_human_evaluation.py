@@ -611,7 +611,7 @@ for pair, color in {(last, 0): "C0", (last, last - 1): "C1"}.items():
 ax.set(xlabel="noise of a rater (sd, in points of the gold score)", ylabel="AC2, three raters, seven points")
 ax.set_title("The agreement of the paper's raters is that of a noise of 0.3 to 0.4")
 ax.legend()
-plots.save(fig, "09_agreement.png")
+plots.save(fig, "14_agreement.png")
 clear, close = ([[agreed(seed, last, other)] for seed in runs] for other in (0, last - 1))
 verdict("Section 3.4.2", "AC2 of simulated raters, the last version against V0 minus against the one before", "> 0",
         clear, close)  # fmt: skip
