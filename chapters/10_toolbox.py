@@ -2222,9 +2222,10 @@ def slurm_script(module: str, *args, nnodes: int, nproc: int = 8, hours: int = 2
     words = torchrun_arguments(module, *args, nproc=nproc, nnodes=nnodes, max_restarts=max_restarts)
     words = [word.replace("--rdzv-id=llama2", "--rdzv-id=$SLURM_JOB_ID") for word in words]
     command = " ".join(f'"{word}"' if word.startswith("--rdzv") else shlex.quote(word) for word in words)
+    name = Path(module).stem if module.endswith(".py") else module.rpartition(".")[2]
     return "\n".join([
         "#!/bin/bash",
-        f"#SBATCH --job-name={module.rsplit('.')[-1]}",
+        f"#SBATCH --job-name={name}",
         f"#SBATCH --nodes={nnodes}",
         "#SBATCH --ntasks-per-node=1",
         f"#SBATCH --gpus-per-node={nproc}",

@@ -174,6 +174,13 @@ def test_a_slurm_script_starts_one_torchrun_on_each_node(tmp_path):
     assert "#SBATCH --nodes=2" in text and "#SBATCH --gpus-per-node=8" in text
 
 
+@pytest.mark.parametrize(
+    ("module", "name"), [("llama2lib.pretrain", "pretrain"), ("train.py", "train"), ("my jobs/run.7B.py", "run.7B")]
+)
+def test_a_slurm_job_is_named_after_its_module_or_script(module, name):
+    assert f"#SBATCH --job-name={name}\n" in slurm_script(module, nnodes=2)
+
+
 def test_failed_processes_are_started_again(script):
     path = script("""
         import os, sys
