@@ -628,7 +628,7 @@ for number, (indent, text) in enumerate(lines):
     right.text(indent, 1 - number / len(lines), textwrap.shorten(text, 90), fontsize=7.5, va="top",
                weight="normal" if indent else "bold", transform=right.transAxes)  # fmt: skip
 plots.save(fig, "00_stages.png")
-illustrated("Figure 4", "the stages of training a chat model, one after another, each measured", "00_stages.png")
+_ = illustrated("Figure 4", "the stages of training a chat model, one after another, each measured", "00_stages.png")
 
 # %% [markdown]
 # ## 15. What it cost

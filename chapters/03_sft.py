@@ -1042,7 +1042,7 @@ def by_quality(seed: int, clean: bool) -> Llama:
     return mini.tuned(seed, dialogs, replace(SFT["mini"], epochs=epochs))
 
 
-compare = partial(claims.compare, runs, "Section 3.1")
+compare = partial(claims.compare, "Section 3.1", seeds=runs)
 quality = {clean: np.stack([gold(by_quality(seed, clean), asked)[:, 0] for seed in runs]) for clean in (True, False)}
 print(f"{few} clean dialogues: {quality[True].mean():.2f}; {8 * few} noisy ones: {quality[False].mean():.2f}")
 _ = compare(

@@ -1428,7 +1428,7 @@ for name, value in itertools.product(("safety", "own pairs", "helpfulness"), ASK
 # The verdicts. A row of the ledger holds the paper's number, where it has one, beside ours.
 
 # %%
-compare = partial(claims.compare, runs)
+compare = partial(claims.compare, seeds=runs)
 home = hits["helpfulness RM"]["helpfulness"]
 printed = {name: {of: (share or 0) / 100 for of, share in row.items()} for name, row in paper.PAPER["Table 7"].items()}
 for value, other, column in (("helpfulness", "safety", "Meta-Helpful"), ("safety", "helpfulness", "Meta-Safety")):

@@ -1973,7 +1973,7 @@ plots.save(fig, "rlhf_versions.png")
 # ### Rejection sampling, and what it is that helps
 
 # %%
-verdict = partial(compare, runs, evidence=FILE)
+verdict = partial(compare, seeds=runs, evidence=FILE)
 before, third = of_seeds("V0", "helpfulness 1"), f"V{max(1, last - 2)}"
 for rounds, name in (("one round", "V1"), ("three rounds", third)):
     verdict(SECTION, f"rejection sampling, {rounds}, raises gold helpfulness: {name} minus V0", "> 0",

@@ -986,7 +986,7 @@ fig.suptitle("With Ghost Attention instructions hold; without, they are soon for
 plots.save(fig, "gatt_turns.png")
 
 # %%
-verdict = partial(compare, runs, evidence=FILE)
+verdict = partial(compare, seeds=runs, evidence=FILE)
 
 
 def share(part: float, of: list[np.ndarray]) -> list[np.ndarray]:

@@ -31,7 +31,7 @@ plt.rcParams.update(plots.STYLE)
 FILE = "chapters/07_safety.py"
 runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
 recomputed = partial(claims.recomputed, evidence=FILE)
-verdict = partial(claims.compare, runs, evidence=FILE)
+verdict = partial(claims.compare, seeds=runs, evidence=FILE)
 
 # %% [markdown]
 # ## What a corpus says of people (section 4.1)
@@ -393,7 +393,8 @@ ax.legend()
 plots.save(fig, "figure_13.png")
 ours = sum(found.toxic for found in surveys.values()) / max(1, sum(sum(f.toxicity) for f in surveys.values()))
 printed = PAPER["Figure 13"]["fraction"]["toxic"]
-illustrated("Figure 13", "share of documents with a toxicity of 0.5 or more", "figure_13.png", printed, round(ours, 4))
+_ = illustrated("Figure 13", "share of documents with a toxicity of 0.5 or more", "figure_13.png", printed,
+                round(ours, 4))  # fmt: skip
 
 # %%
 fig, ax = plt.subplots(figsize=(7.4, 3.4))
@@ -412,8 +413,8 @@ ax.set_title("Conversations speak of her and him, as the paper's corpus does; ma
 ax.legend(fontsize=7)
 plots.save(fig, "table_09.png")
 ours = {name: round(found.share("gendered pronouns"), 4) for name, found in surveys.items()}
-illustrated("Table 9", "share of English documents with a gendered pronoun, by domain", "table_09.png",
-            nine["gendered"] / 100, ours)  # fmt: skip
+_ = illustrated("Table 9", "share of English documents with a gendered pronoun, by domain", "table_09.png",
+                nine["gendered"] / 100, ours)  # fmt: skip
 
 # %% [markdown]
 # ## Benchmarks of a model (sections 4.1 and 4.4, A.4.7)
@@ -923,8 +924,8 @@ sides = {
     name: [np.mean(list(PAPER[name][model].values())) for model in ("ChatGPT", "Llama 2-Chat 70B")] for name in names
 }
 print("ChatGPT, Llama 2-Chat 70B:", {name: [round(float(mean), 2) for mean in means] for name, means in sides.items()})
-recomputed("Table 46", "of the five domains, in how many ChatGPT is more neutral than Llama 2-Chat 70B", 5,
-           sum(bool(other < ours) for other, ours in sides.values()))  # fmt: skip
+_ = recomputed("Table 46", "of the five domains, in how many ChatGPT is more neutral than Llama 2-Chat 70B", 5,
+               sum(bool(other < ours) for other, ours in sides.values()))  # fmt: skip
 
 # %% [markdown]
 # ### False refusals
@@ -2024,7 +2025,7 @@ print("numbers of prompts that give the six points:", whole)
 recomputed("Figure 33", "prompts in the borderline set", 210, whole[0])
 rewards = [row["safety"] for row in PAPER["Table 36"].values()][1:]
 jump = list(PAPER["Table 36"])[2:][int(np.argmax(np.diff(rewards)))]
-recomputed("Table 36", "share of the safety data with which the answer becomes a refusal (%)", 50, int(jump))
+_ = recomputed("Table 36", "share of the safety data with which the answer becomes a refusal (%)", 50, int(jump))
 
 # %% [markdown]
 # The judge says which answers refuse. A classifier that learned it from written answers, as the authors' did, says
@@ -2067,7 +2068,7 @@ plots.texts("table_36.png", "Table 36: an answer grows safe with the safety data
 plots.texts("table_38.png", "Table 38: and a harmless prompt is refused", grown("borderline", needless))
 for number, figure in ((36, "table_36.png"), (37, "table_36.png"), (38, "table_38.png")):
     illustrated(f"Table {number}", "an answer and its two rewards, as the safety data grow", figure)
-illustrated("Table 41", "a borderline prompt that is refused", "table_38.png")
+_ = illustrated("Table 41", "a borderline prompt that is refused", "table_38.png")
 
 # %% [markdown]
 # ### Adversarial prompts in the reinforcement (Figure 14)
@@ -2117,7 +2118,7 @@ place = int(np.argmax(gain))
 rows = [("prompt", prompts_["safety"][place][-1]["content"])]
 rows += [(name, rounds[runs[0], way]["safety"]["texts"][place]) for way, name in ((False, "without"), (True, "with"))]
 plots.texts("table_12.png", "Table 12: an answer without and with adversarial prompts in rejection sampling", rows)
-illustrated("Table 12", "one adversarial prompt, before and after", "table_12.png")
+_ = illustrated("Table 12", "one adversarial prompt, before and after", "table_12.png")
 
 # %% [markdown]
 # One in six answers to adversarial prompts gains, one in thirty loses; other prompts' answers go up as often as down.
@@ -2397,8 +2398,8 @@ rejected = {}
 for number in range(newest):
     parts = [1 - again[seed, number].mean() for seed in runs if (seed, number) in again]
     rejected[f"V{number + 1}"] = round(float(np.mean(parts)), 3) if parts else None
-illustrated("Section 4.3", "share of earlier violating prompts that the next version rejects", "red_team.png", 0.9,
-            rejected)  # fmt: skip
+_ = illustrated("Section 4.3", "share of earlier violating prompts that the next version rejects", "red_team.png", 0.9,
+                rejected)  # fmt: skip
 
 # %% [markdown]
 # From the first version to the last the red team's success falls to a sixth. In between the seeds part: of one of them
@@ -2449,8 +2450,8 @@ for model, row in PAPER["Figure 17"].items():
     low, high = (100 * end for end in win_rate_interval(count, 1974 - count)[1:])
     bars.append(max(abs(low - row["low"]), abs(high - row["high"])))
 recomputed("Figure 18", "turns pooled: largest difference to Figure 17 (%)", 0, round(max(pooled), 2), "= paper ± 0.5")
-recomputed("Figure 17", "Wilson's interval at 1,974 prompts: largest difference to the bars (%)", 0,
-           round(max(bars), 2), "= paper ± 0.4")  # fmt: skip
+_ = recomputed("Figure 17", "Wilson's interval at 1,974 prompts: largest difference to the bars (%)", 0,
+               round(max(bars), 2), "= paper ± 0.4")  # fmt: skip
 
 # %% [markdown]
 # Ours: V0 to V5 on 400 adversarial prompts of one turn and 200 of two or three, rated by three raters who each miss the
@@ -2537,7 +2538,7 @@ verdict("Figure 18", "share of violations of the last version, several turns min
 illustrated("Figure 3", "violations of our versions, by simulated raters", "figure_17.png")
 last, first = ([judged[seed, number]["needless"] for seed in runs] for number in (newest, 0))
 verdict("Figure 33", "false refusals of borderline prompts, the last version minus the first", "> 0", last, first)
-illustrated("Figure 19", "violations by risk", "figure_17.png")
+_ = illustrated("Figure 19", "violations by risk", "figure_17.png")
 
 # %%
 risks = {risk_of(messages): messages for messages in reversed(prompts_["safety"])}
@@ -2548,7 +2549,7 @@ question_ = prompts_["safety"][0]
 rows = [(f"V{number}", version(runs[0], number)([question_])[0]) for number in range(newest + 1)]
 plots.texts("table_43.png", "Table 43: six versions answer one adversarial prompt",
             [("prompt", question_[-1]["content"]), *rows])  # fmt: skip
-illustrated("Table 43", "versions that answer one adversarial prompt", "table_43.png")
+_ = illustrated("Table 43", "versions that answer one adversarial prompt", "table_43.png")
 
 # %% [markdown]
 # The price is that of section 4.2.3, in full. The program's prompts ask for harm or are plainly harmless; none only

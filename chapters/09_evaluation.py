@@ -143,8 +143,10 @@ statements = (
 for model, other, said in statements:
     recomputed("Section 2.3", f"groups in which {model} is not ahead of {other}", said, behind(model, other))
 open_ = [name for name in table if not name.startswith("Llama 2")]
-recomputed("Section 2.3", "open models that are ahead of Llama 2 70B in some group", [],
-           [name for name in open_ if any(table[name][group] > value for group, value in table["Llama 2 70B"].items())])
+_ = recomputed(
+    "Section 2.3", "open models that are ahead of Llama 2 70B in some group", [],
+    [name for name in open_ if any(table[name][group] > value for group, value in table["Llama 2 70B"].items())],
+)  # fmt: skip
 
 # %% [markdown]
 # All but one hold. 'Llama 2 models outperform Llama 1 models' has an exception: in commonsense reasoning 34B is a tenth
@@ -171,8 +173,8 @@ ax.legend(fontsize=7)
 plots.save(fig, "table_04.png")
 level = {task: round(row["Llama-2-70B"] - row["PaLM"], 1) for task, row in closed.items()}
 print("minus PaLM:", level)
-recomputed("Section 2.3", "benchmarks of Table 4 on which Llama 2 70B is more than two points behind PaLM", [],
-           [task for task, gap in level.items() if gap < -2])  # fmt: skip
+_ = recomputed("Section 2.3", "benchmarks of Table 4 on which Llama 2 70B is more than two points behind PaLM", [],
+               [task for task, gap in level.items() if gap < -2])  # fmt: skip
 
 # %% [markdown]
 # ## Benchmarks
@@ -2606,10 +2608,10 @@ plots.save(fig, "09_contamination_z.png")
 if scale() != "smoke":
     dirty = {seed: outcome["shares"]["50"] >= 0.8 for seed, outcome in outcomes.items()}
     hellaswag_70b = PAPER["Table 51"]["HellaSwag, 70B, dirty"]
-    claims.compare(runs, "Table 51", "score on dirty samples, of a model that saw them minus one that did not", "> 0",
+    claims.compare("Table 51", "score on dirty samples, of a model that saw them minus one that did not", "> 0",
                    [100 * outcomes[seed]["trained"][dirty[seed]] for seed in runs],
                    [100 * outcomes[seed]["control"][dirty[seed]] for seed in runs],
-                   round(hellaswag_70b["score"] - hellaswag_70b["mu"], 1),
+                   round(hellaswag_70b["score"] - hellaswag_70b["mu"], 1), seeds=runs,
                    evidence="figures/09_contamination_z.png")  # fmt: skip
     found = {f"{name} {seed}": largest_affected(tables) for (name, seed), tables in verdicts.items()}
     ledger.record("Table 51", "largest L at which a mini model is affected that saw its benchmark, or did not",
@@ -2871,8 +2873,8 @@ print(f"weights that add up to 1, and miss by {miss:.2f}:",
 final, ablation = PAPER["Table 8"]["Helpfulness RM on Meta Helpful"], PAPER["Table 28"]
 for margin, row in ablation.items():
     print(f"{margin:>6}: " + ", ".join(f"{rating} {final[rating] - value:+.1f}" for rating, value in row.items()))
-recomputed("Table 8", "accuracies by rating of the final model, as in Table 28 with the large margin",
-           list(final.values()), list(ablation["large"].values()))  # fmt: skip
+_ = recomputed("Table 8", "accuracies by rating of the final model, as in Table 28 with the large margin",
+               list(final.values()), list(ablation["large"].values()))  # fmt: skip
 
 # %% [markdown]
 # Figure 5 is called training loss, its axis is labelled 'Train PPL'. A scaling law of another family of models, trained
@@ -2888,8 +2890,8 @@ law = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
 losses = {size: float(law.loss(LLAMA2[size].num_params, TEXT["Section 2.2"]["tokens"])) for size in SIZES}
 for size, loss in losses.items():
     print(f"{size:>4}: the curve ends at {ends[size]}; the law's loss {loss:.2f}, its perplexity {np.exp(loss):.1f}")
-recomputed("Figure 5", "end of 70B's curve, were it a perplexity, against a scaling law's", ends["70B"],
-           round(float(np.exp(losses["70B"])), 2), "= paper ± 1")  # fmt: skip
+_ = recomputed("Figure 5", "end of 70B's curve, were it a perplexity, against a scaling law's", ends["70B"],
+               round(float(np.exp(losses["70B"])), 2), "= paper ± 1")  # fmt: skip
 
 # %% [markdown]
 # So the values are losses in nats per token. Three captions or texts do not fit what is drawn:
@@ -2898,8 +2900,8 @@ recomputed("Figure 5", "end of 70B's curve, were it a perplexity, against a scal
 drawn = [float(temperature) for temperature in next(iter(PAPER["Figure 21"].values()))]
 recomputed("Figure 7", "largest number of samples (caption: up to 100)", 100, max(map(int, PAPER["Figure 7"]["max"])))
 recomputed("Figure 21", "lowest and highest temperature (caption: 0.1 to 1.5)", [0.1, 1.5], [min(drawn), max(drawn)])
-recomputed("Figure 26", "batches of annotation (Table 26 has 14)", len(PAPER["Table 26"]) - 1,
-           max(map(int, PAPER["Figure 26"]["max"])))  # fmt: skip
+_ = recomputed("Figure 26", "batches of annotation (Table 26 has 14)", len(PAPER["Table 26"]) - 1,
+               max(map(int, PAPER["Figure 26"]["max"])))  # fmt: skip
 
 # %% [markdown]
 # ## What it took

@@ -2026,6 +2026,7 @@ for n_seeds in (3, 5):
 # seed. `compare` makes a row of the ledger of them, `recomputed` of what follows from the paper's own numbers, and
 # `illustrated` of a figure that stands beside one of the paper's. Scores at the same place of two lists are of the same
 # prompt. Where they are of two groups of prompts (`paired=False`), the means of the groups are compared, not pairs.
+# All three return the row; their arguments have the names of `ledger.record`, and what may be left out comes last.
 
 
 # %%
@@ -2041,23 +2042,23 @@ from llama2lib.stats import paired_interval, unpaired_interval
 
 
 def compare(
-    seeds: Sequence[int],
     item: str,
     claim: str,
     criterion: str,
     more: Sequence[Float[np.ndarray, "N"]],
     less: Sequence[Float[np.ndarray, "N"]],
-    printed=None,
+    paper=None,
     *,
+    seeds: Sequence[int],
     evidence: str,
     paired: bool = True,
 ) -> dict | None:
-    """Record the mean of `more` minus `less`, scores for each seed, as a row of the ledger, and print its verdict.
+    """Record the mean of `more` minus `less`, scores for each of the `seeds`, print its verdict, and return the row.
 
-    item, claim, criterion, printed, evidence: as in `ledger.record`. paired: the scores at a place of the two lists of
-    a seed are of the same prompt; else they are of two groups of prompts. Seeds have the same prompts where they have
-    as many, and otherwise prompts of their own. None at the smoke scale, where nothing is learned, and for a single
-    score, which has no interval. ValueError for paired lists of different lengths, and as of `stats`.
+    item, claim, criterion, paper, evidence: as in `ledger.record`. paired: the scores at a place of the two lists of a
+    seed are of the same prompt; else they are of two groups of prompts. Seeds have the same prompts where they have as
+    many, and otherwise prompts of their own. None at the smoke scale, where nothing is learned, and for a single score,
+    which has no interval. ValueError for paired lists of different lengths, and as of `stats` and `ledger.record`.
     """
     more, less = ([np.asarray(part, float) for part in parts] for parts in (more, less))
     for seed, one, other in zip(seeds, more, less, strict=True):
@@ -2075,22 +2076,24 @@ def compare(
     same_prompts = paired and len({*map(len, more)}) == 1
     gap = (paired_interval if same_prompts else unpaired_interval)(more, less)
     row = ledger.record(
-        item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
+        item, claim, criterion, paper, gap.value, interval=gap[1:], seeds=effects, evidence=evidence
     )
     print(f"{claim}: {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")
     return row
 
 
-def recomputed(item: str, claim: str, printed, ours, criterion: str = "= paper", *, evidence: str):
-    "Record what the paper's own numbers say of a claim, and print its verdict; arguments as in `ledger.record`."
-    row = ledger.record(item, claim, criterion, printed, ours, evidence=evidence)
-    print(f"{item}, {claim}: {ours} against {printed}: {row['status']}")
+def recomputed(item: str, claim: str, paper, ours, criterion: str = "= paper", *, evidence: str) -> dict:
+    "Record what the paper's own numbers say of a claim, print its verdict, and return the row; as `ledger.record`."
+    row = ledger.record(item, claim, criterion, paper, ours, evidence=evidence)
+    print(f"{item}, {claim}: {ours} against {paper}: {row['status']}")
+    return row
 
 
-def illustrated(item: str, claim: str, figure: str, printed=None, ours=None):
-    "Record that a file of ours under figures/ stands beside the paper's; not at the smoke scale, which draws none."
-    if scale() != "smoke":
-        ledger.record(item, claim, "illustrated", printed, ours, evidence=f"figures/{figure}")
+def illustrated(item: str, claim: str, figure: str, paper=None, ours=None) -> dict | None:
+    "Record that figures/`figure` stands beside the paper's, and return the row; None at the smoke scale, without one."
+    if scale() == "smoke":
+        return None
+    return ledger.record(item, claim, "illustrated", paper, ours, evidence=f"figures/{figure}")
 
 
 # %% [markdown]

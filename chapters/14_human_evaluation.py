@@ -25,7 +25,7 @@ plt.rcParams.update(plots.STYLE)
 FILE = "chapters/14_human_evaluation.py"
 runs = seeds(by_scale(smoke=(0,), laptop=(0, 1, 2), a100=(0, 1, 2)))
 recomputed = partial(claims.recomputed, evidence=FILE)
-verdict = partial(claims.compare, runs, evidence=FILE)
+verdict = partial(claims.compare, seeds=runs, evidence=FILE)
 
 # %% [markdown]
 # ## Two answers
@@ -667,8 +667,8 @@ for name, row in present.items():
 nets = [moved[seed, "helpful, generic"] for seed in runs]
 verdict("Figure 30", "wins minus losses under a preprompt against without, helpful prompts", "> 0", nets,
         [np.zeros(len(part)) for part in nets])  # fmt: skip
-illustrated("Figure 30", "wins, ties and losses by kind of prompt", "figure_30.png", rows["writing"],
-            {name: [round(x, 1) for x in row] for name, row in present.items()})  # fmt: skip
+_ = illustrated("Figure 30", "wins, ties and losses by kind of prompt", "figure_30.png", rows["writing"],
+                {name: [round(x, 1) for x in row] for name, row in present.items()})  # fmt: skip
 
 # %%
 def by_group(groups: list[np.ndarray]) -> np.ndarray:
@@ -705,8 +705,8 @@ axes[1].legend(fontsize=8)
 fig.suptitle("In long conversations the last version wins less, and more answers tie (Figure 31)")
 plots.save(fig, "figure_31.png")
 quintiles = list(PAPER["Figure 31"]["win, word quintile"].values())
-illustrated("Figure 31", "win rate in each fifth of the prompts by words (%)", "figure_31.png", quintiles,
-            panels["fifth of the prompts, by words"][1][:, :, 0].mean(0).round(1).tolist())  # fmt: skip
+_ = illustrated("Figure 31", "win rate in each fifth of the prompts by words (%)", "figure_31.png", quintiles,
+                panels["fifth of the prompts, by words"][1][:, :, 0].mean(0).round(1).tolist())  # fmt: skip
 
 # %% [markdown]
 # A system prompt made ChatGPT better. Under ours the model loses more helpful prompts than it wins, so the criterion
@@ -1067,7 +1067,7 @@ said = [(f"V{number}", answers[place]) for number, answers in enumerate(texts)]
 plots.texts("table_34.png", "Table 34: versions answer one prompt", [("prompt", helpful[place][-1]["content"]), *said])
 illustrated("Table 31", "preprompts, for any prompt and for a risk", "table_31.png")
 illustrated("Table 33", "a held-out prompt of each kind", "table_33.png")
-illustrated("Table 34", "versions that answer one prompt", "table_34.png")
+_ = illustrated("Table 34", "versions that answer one prompt", "table_34.png")
 
 # %% [markdown]
 # ### From the command line
