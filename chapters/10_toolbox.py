@@ -1478,6 +1478,7 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 from secrets import token_hex
+from typing import TypeVar
 
 import llama2lib
 
@@ -1530,8 +1531,11 @@ write_atomic(cache_folder() / "example.txt", "whole or not at all\n")
 
 # %%
 #| export recipes
-def by_scale(*, smoke, laptop, a100):
-    "The value for this run's scale."
+_Value = TypeVar("_Value")
+
+
+def by_scale(*, smoke: _Value, laptop: _Value, a100: _Value) -> _Value:
+    "The value for this run's scale. ValueError as of `scale`."
     return {"smoke": smoke, "laptop": laptop, "a100": a100}[scale()]
 
 
@@ -1882,10 +1886,11 @@ class Interval(NamedTuple):
     high: float
 
 
-def win_rate_interval(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) -> Interval:
+def win_rate_interval(wins: float, losses: float, ties: float = 0, confidence: float = 0.95) -> Interval:
     """Win rate (wins + ties / 2) / (wins + losses + ties) with Wilson's score interval; all in 0..1.
 
-    Leave `ties` out for the paper's win / (win + loss), Figures 2 and 11. ValueError: a negative count, or all are 0.
+    Counts may be fractional: a printed share of so many prompts, or a half for each side. Leave `ties` out for the
+    paper's win / (win + loss), Figures 2 and 11. ValueError: a negative count, or all are 0.
     """
     n = wins + losses + ties
     if min(wins, losses, ties) < 0 or n == 0:

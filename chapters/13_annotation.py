@@ -433,9 +433,12 @@ class Desk:
             db.execute("COMMIT")
 
     def add(self, items: Iterable[Mapping]) -> int:
-        "Put items in, all or none; those that are in already are passed over. Returns how many are new."
+        """Put items in, all or none; those that are in already are passed over. Returns how many are new.
+
+        ValueError, naming the item (from 1), the field and what was expected, for what is none.
+        """
         rows = []
-        for number, item in enumerate(items):
+        for number, item in enumerate(items, 1):
             try:
                 check_item(item)
             except ValueError as error:

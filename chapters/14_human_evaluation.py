@@ -255,7 +255,7 @@ for (old, row), (new, after) in itertools.pairwise(rates.items()):
 SAME, POINTS = 4, range(1, 8)  # 7: the first answer is much better; 1: the second is
 
 
-def verdicts(ratings: Float[np.ndarray, "N R"]) -> Int[np.ndarray, "N R"]:
+def verdicts(ratings: Float[np.ndarray, "N R"]) -> Float[np.ndarray, "N R"]:
     "What each rating says: 1 a win of the first answer, 0 a tie, -1 a loss; NaN stays. ValueError for other ratings."
     ratings = np.asarray(ratings, float)
     if ratings.ndim != 2 or not (np.isin(ratings, POINTS) | np.isnan(ratings)).all():
@@ -389,10 +389,11 @@ def comparison_items(
 ) -> tuple[list[dict], Counter[str]]:
     """Items for a `Desk`, from two models' answers to conversations; and how many pairs are none, 'equal' or 'twice'.
 
-    Equal answers are ties; a pair that comes twice is asked once. ValueError, naming the pair, for what is no item.
+    Equal answers are ties; a pair that comes twice is asked once. ValueError, naming the pair (from 1), for what is no
+    item, and for sides of different lengths.
     """
     items, left_out = {}, Counter()
-    for number, (messages, *answers) in enumerate(zip(dialogs, first, second, strict=True)):
+    for number, (messages, *answers) in enumerate(zip(dialogs, first, second, strict=True), 1):
         item = {"messages": [dict(message) for message in messages], "answers": answers}
         key = json.dumps(item)
         if answers[0].strip() == answers[1].strip() or key in items:
@@ -850,7 +851,10 @@ def win_rate(rulings: Sequence[Ruling]) -> WinRate:
 
 
 def position_bias(rulings: Sequence[Ruling]) -> Interval:
-    "Share of decided rulings that prefer the answer shown first: half, for a judge who does not mind the order."
+    """Share of decided rulings that prefer the answer shown first: half, for a judge who does not mind the order.
+
+    ValueError when no ruling decides.
+    """
     first = [r.outcome == (-1 if r.swapped else 1) for r in rulings if r.outcome]
     if not first:
         raise ValueError(f"none of {len(rulings)} rulings decides")

@@ -20,6 +20,7 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 from secrets import token_hex
+from typing import TypeVar
 
 import llama2lib
 
@@ -55,8 +56,11 @@ def write_atomic(path: str | Path, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
 
-def by_scale(*, smoke, laptop, a100):
-    "The value for this run's scale."
+_Value = TypeVar("_Value")
+
+
+def by_scale(*, smoke: _Value, laptop: _Value, a100: _Value) -> _Value:
+    "The value for this run's scale. ValueError as of `scale`."
     return {"smoke": smoke, "laptop": laptop, "a100": a100}[scale()]
 
 

@@ -27,10 +27,11 @@ class Interval(NamedTuple):
     high: float
 
 
-def win_rate_interval(wins: int, losses: int, ties: int = 0, confidence: float = 0.95) -> Interval:
+def win_rate_interval(wins: float, losses: float, ties: float = 0, confidence: float = 0.95) -> Interval:
     """Win rate (wins + ties / 2) / (wins + losses + ties) with Wilson's score interval; all in 0..1.
 
-    Leave `ties` out for the paper's win / (win + loss), Figures 2 and 11. ValueError: a negative count, or all are 0.
+    Counts may be fractional: a printed share of so many prompts, or a half for each side. Leave `ties` out for the
+    paper's win / (win + loss), Figures 2 and 11. ValueError: a negative count, or all are 0.
     """
     n = wins + losses + ties
     if min(wins, losses, ties) < 0 or n == 0:

@@ -191,7 +191,7 @@ def test_an_error_in_the_middle_leaves_nothing_behind(new):
         db.execute("DELETE FROM items")
         raise RuntimeError
     assert len(desk.items()) == 2
-    with pytest.raises(ValueError, match="item 1: answers"):
+    with pytest.raises(ValueError, match="item 2: answers"):
         desk.add([pairs(3)[2], {"messages": [], "answers": ["a"]}])
     assert len(desk.items()) == 2
 

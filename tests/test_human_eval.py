@@ -265,7 +265,7 @@ def test_equal_answers_are_counted_and_not_asked():
     dialogs = [ask("a"), ask("b"), ask("a"), ask("a")]
     items, left_out = comparison_items(dialogs, ["x", "x", "x", "z"], ["y", " x ", "y", "y"])
     assert [item["answers"] for item in items] == [["x", "y"], ["z", "y"]] and left_out == {"equal": 1, "twice": 1}
-    with pytest.raises(ValueError, match="pair 1: answers: expected the text"):
+    with pytest.raises(ValueError, match="pair 2: answers: expected the text"):
         comparison_items(dialogs[:2], ["x", "x"], ["y", ""])
     with pytest.raises(ValueError, match="shorter"):
         comparison_items(dialogs, ["x"], ["y"])
