@@ -16,7 +16,7 @@ __all__ = [
     "widget",
     "review_widget",
     "Agreement",
-    "share",
+    "agreed_share",
     "agreement",
     "export",
 ]
@@ -261,7 +261,7 @@ class Agreement(NamedTuple):
     by_rating: dict[str, Interval]  # the same as `same`, with one of the two having said this
 
 
-def share(parts: Sequence[float]) -> Interval:
+def agreed_share(parts: Sequence[float]) -> Interval:
     "Mean of an item's share of agreement over items, with Wilson's interval."
     return win_rate_interval(sum(parts), len(parts) - sum(parts))
 
@@ -285,17 +285,19 @@ def agreement(annotations: Sequence[Annotation]) -> Agreement:
         for rating, parts in said.items():
             if mine := [part for name, part in others if name == rating]:
                 parts.append(sum(mine) / len(mine))
-    by_rating = {rating: share(parts) for rating, parts in said.items() if parts}
-    return Agreement(len(twice), share(same), gwet_ac2(places, categories=range(len(SCALE))), by_rating)
+    by_rating = {rating: agreed_share(parts) for rating, parts in said.items() if parts}
+    return Agreement(len(twice), agreed_share(same), gwet_ac2(places, categories=range(len(SCALE))), by_rating)
 
 
 # ---------- chapters/13_annotation.py · From annotations to comparisons
 
-def export(desk: Desk, unreviewed: bool = False, at_least: int | None = None) -> tuple[list[Preference], Counter[str]]:
+def export(
+    desk: Desk, with_unreviewed: bool = False, at_least: int | None = None
+) -> tuple[list[Preference], Counter[str]]:
     """Comparisons from what was annotated, and why how many items gave none (sections 3.2.1, A.5).
 
-    unreviewed: take annotations without a review too. at_least: usable annotations that an item must have; None: as
-    many as the study wants of it.
+    with_unreviewed: take annotations without a review too. at_least: usable annotations that an item must have; None:
+    as many as the study wants of it.
     """
     by_item: dict[int, list[Annotation]] = {}
     for a in desk.annotations():
@@ -304,7 +306,7 @@ def export(desk: Desk, unreviewed: bool = False, at_least: int | None = None) ->
     rows, left_out = [], Counter()
     for number, item in desk.items().items():
         kept = [a for a in by_item.get(number, []) if a.decision != "reject"]
-        choices = [a.final for a in kept if a.decision or unreviewed]
+        choices = [a.final for a in kept if a.decision or with_unreviewed]
         first, second = (sum(c["better"] == i for c in choices) for i in (0, 1))
         better = int(second > first)
         safe = [2 * sum(c["safe"][i] for c in choices) > len(choices) for i in (0, 1)] if desk.study.safety else None

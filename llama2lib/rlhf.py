@@ -166,7 +166,7 @@ def annotated(items: dict[str, Sequence[dict]], folder: Path, source: str) -> di
     for value, these in items.items():
         desk = Desk(folder / f"{value}.sqlite", Study(source, safety=value == "safety"))
         desk.add(these)
-        rows[value], left_out = export(desk, unreviewed=True)
+        rows[value], left_out = export(desk, with_unreviewed=True)
         if count := left_out["too few annotations"]:
             waiting.append(f"{count} pairs in {folder / value}.sqlite")
     if waiting:

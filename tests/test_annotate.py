@@ -79,7 +79,7 @@ def test_what_is_exported_is_what_stood_where_the_key_says(new):
         session.press(str(place + 1))
         meant[left if place < 4 else right] = [*LEVELS, *reversed(LEVELS)][place]
     assert min(lefts.values()) >= 3
-    rows, left_out = export(desk, unreviewed=True)
+    rows, left_out = export(desk, with_unreviewed=True)
     assert not left_out and {row["chosen"]: row["rating"] for row in rows} == meant
     assert all(row["chosen"].split()[1] == row["rejected"].split()[1] for row in rows)
 
@@ -90,7 +90,7 @@ def test_the_safety_label_is_of_the_answers_that_were_shown(new):
         session = Annotating(desk, "ann")
         session.press("s" if number % 2 else "d")  # only the left one is safe, only the right one
         session.press("1" if number % 2 else "8")
-    rows, _ = export(desk, unreviewed=True)
+    rows, _ = export(desk, with_unreviewed=True)
     assert len(rows) == 16 and {row["safety"] for row in rows} == {"chosen_safe"}
     assert {a.left for a in desk.annotations()} == {0, 1}
 
@@ -380,7 +380,7 @@ def test_a_rejected_item_goes_back_to_the_queue_with_the_reason(new):
     with pytest.raises(ValueError, match="needs feedback"):
         review(desk, first, "bob", "reject", " ")
     review(desk, first, "bob", "reject", "Read <b>both</b>")
-    assert desk.progress("ann") == (1, 1) and export(desk, unreviewed=True)[1] == {"too few annotations": 1}
+    assert desk.progress("ann") == (1, 1) and export(desk, with_unreviewed=True)[1] == {"too few annotations": 1}
     task = desk.next_task("ann")
     assert (task.item, task.feedback) == (1, "Read <b>both</b>")
     view = Annotating(desk, "ann").view()
@@ -480,7 +480,7 @@ def test_the_review_screen_approves_edits_and_rejects(new):
 def test_safety_bins_and_no_chosen_answer_that_is_unsafe_beside_a_safe_one(new, better, safe, bin):
     desk = new(1, safety=True)
     say(desk, "ann", better, safe=safe)
-    rows, left_out = export(desk, unreviewed=True)
+    rows, left_out = export(desk, with_unreviewed=True)
     assert [row["safety"] for row in rows] == ([bin] if bin else [])
     assert left_out == ({} if bin else {"chosen unsafe, the other safe": 1}) and (bin is None or bin in SAFETY)
 
@@ -492,7 +492,7 @@ def test_the_majority_decides_and_a_tie_is_left_out_and_counted(new):
     for number, name in enumerate("abcd"):
         while task := desk.next_task(name):
             desk.submit(task, choice(*said[task.item][number]))
-    rows, left_out = export(desk, unreviewed=True)
+    rows, left_out = export(desk, with_unreviewed=True)
     assert [(row["chosen"], row["rating"]) for row in rows] == [("no 0", "better")] and left_out == {"a tie": 1}
 
 
@@ -500,7 +500,7 @@ def test_an_answer_is_safe_when_most_say_so(new):
     desk = new(1, per_item=2, safety=True)
     say(desk, "ann", 0, safe=[True, True])
     say(desk, "bob", 0, "slightly better", safe=[True, False])
-    [row], _ = export(desk, unreviewed=True)
+    [row], _ = export(desk, with_unreviewed=True)
     assert row["safety"] == "chosen_safe" and row["rating"] == "slightly better"
 
 
@@ -512,7 +512,7 @@ def test_only_what_was_reviewed_is_exported_unless_asked(new):
     rows, left_out = export(desk)
     assert [row["chosen"] for row in rows] == ["yes 0"]
     assert left_out == {"not reviewed": 2, "too few annotations": 2}
-    rows, left_out = export(desk, unreviewed=True)
+    rows, left_out = export(desk, with_unreviewed=True)
     assert len(rows) == 3 and left_out == {"too few annotations": 2}
     for row in rows:
         check_preference(row)
@@ -522,8 +522,8 @@ def test_only_what_was_reviewed_is_exported_unless_asked(new):
 def test_items_with_fewer_annotations_than_wanted_wait(new):
     desk = new(1, per_item=3)
     say(desk, "ann", 0)
-    assert export(desk, unreviewed=True) == ([], {"too few annotations": 1})
-    assert len(export(desk, unreviewed=True, at_least=1)[0]) == 1
+    assert export(desk, with_unreviewed=True) == ([], {"too few annotations": 1})
+    assert len(export(desk, with_unreviewed=True, at_least=1)[0]) == 1
     assert export(new(1), at_least=0) == ([], {"too few annotations": 1})
 
 
@@ -617,7 +617,7 @@ def test_items_come_from_answers_and_from_comparisons(new, tmp_path):
     desk = new(3)
     for _ in range(3):
         say(desk, "ann", 1)
-    rows, _ = export(desk, unreviewed=True)
+    rows, _ = export(desk, with_unreviewed=True)
     write_preferences(tmp_path / "rows.jsonl", rows)
     items = read_items(tmp_path / "rows.jsonl")
     assert [item["answers"] for item in items] == [[row["chosen"], row["rejected"]] for row in rows]
