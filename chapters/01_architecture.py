@@ -2522,12 +2522,13 @@ fig, ax = plt.subplots(figsize=(6.4, 3.6))
 ax.axhspan(0, 0.02, color="0.93", zorder=0)
 ax.text(1080, 0.0185, "margin", color="0.5", ha="right", va="top")
 ax.axhline(0, color="0.4", lw=1)
-ax.plot(base.kv_bytes_per_token(), 0, "o", color="0.2")
-ax.annotate("MHA", (base.kv_bytes_per_token(), 0), (0, -14), textcoords="offset points", ha="center", color="0.2")
+here, color = (base.kv_bytes_per_token(), 0), plots.ATTENTION["MHA"]
+ax.plot(*here, "o", color=color)
+ax.annotate("MHA", here, (0, -14), textcoords="offset points", ha="center", color=color)
 for name, gap in differences.items():
     plain, widened = name[:3], "not" not in name
     x = kinds[name].kv_bytes_per_token() * (0.97 if widened else 1.03)
-    color = {"GQA": plots.COLORS["70B"], "MQA": plots.COLORS["7B"]}[plain]
+    color = plots.ATTENTION[plain]
     ax.errorbar(
         x, gap.value, [[gap.value - gap.low], [gap.high - gap.value]],
         fmt="o", color=color, mfc=color if widened else "white", capsize=3,
@@ -3261,9 +3262,7 @@ print(f"{point}: copying shared heads would add {copies / (A100.bandwidth * A100
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.6))
-LOOKS = {
-    "MHA": {"color": "#d55e00"}, "GQA": {"color": "#0072b2"}, "MQA": {"color": "#009e73", "linestyle": "--"},
-}  # fmt: skip
+LOOKS = {kind: {"color": color, "linestyle": "--" if kind == "MQA" else "-"} for kind, color in plots.ATTENTION.items()}
 for ax, (name, context) in zip(axes, CONTEXTS.items(), strict=True):
     for kind, look in LOOKS.items():
         point = f"{name}, {kind}"

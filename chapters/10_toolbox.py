@@ -1395,7 +1395,8 @@ print(ledger.summary([row]))
 # ## One style for figures
 #
 # Our runs are solid, the paper's values hollow `RINGS`, so that nobody takes one for the other. A model size keeps its
-# colour through the book, and a figure saved twice is the same file, byte for byte: it carries no date and no version.
+# colour through the book; the outcomes of a comparison and the kinds of attention have colours of their own. A figure
+# saved twice is the same file, byte for byte: it carries no date and no version.
 
 # %%
 #| export plots
@@ -1415,6 +1416,8 @@ STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "llama2",
 }
 COLORS = {"7B": "#e69f00", "13B": "#009e73", "34B": "#56b4e9", "70B": "#0072b2", "ours": "#d55e00"}
+OUTCOMES = {"win": "#7fbf7b", "tie": "0.82", "loss": "#af8dc3"}
+ATTENTION = {"MHA": "#332288", "GQA": "#cc6677", "MQA": "#999933"}
 RINGS = {"linestyle": "none", "marker": "o", "markersize": 7, "markerfacecolor": "none", "color": "0.35"}
 
 # %%

@@ -45,7 +45,7 @@ verdict = partial(claims.compare, seeds=runs, evidence=FILE)
 # prompts that Table 32 counts. (Figure 1 is printed in numbers. Figure 12 is read off bars, each to about 0.3 points.)
 
 # %%
-PARTS = {"win": "#009e73", "tie": "0.82", "loss": "#d55e00"}
+PARTS = plots.OUTCOMES
 
 
 def stacked(ax, rows: dict[str, list[float]], counts: list[int] | None = None, label: str = "prompts (%)"):

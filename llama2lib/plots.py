@@ -3,6 +3,8 @@
 __all__ = [
     "STYLE",
     "COLORS",
+    "OUTCOMES",
+    "ATTENTION",
     "RINGS",
     "save",
     "texts",
@@ -27,6 +29,8 @@ STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "llama2",
 }
 COLORS = {"7B": "#e69f00", "13B": "#009e73", "34B": "#56b4e9", "70B": "#0072b2", "ours": "#d55e00"}
+OUTCOMES = {"win": "#7fbf7b", "tie": "0.82", "loss": "#af8dc3"}
+ATTENTION = {"MHA": "#332288", "GQA": "#cc6677", "MQA": "#999933"}
 RINGS = {"linestyle": "none", "marker": "o", "markersize": 7, "markerfacecolor": "none", "color": "0.35"}
 
 def save(figure: Figure, name: str) -> None:

@@ -72,6 +72,8 @@ def test_a_failed_write_leaves_the_old_figure(folder, monkeypatch):
 
 def test_every_size_has_its_own_colour():
     assert set(SIZES) < set(plots.COLORS) and len(set(plots.COLORS.values())) == len(plots.COLORS)
+    others = [*plots.OUTCOMES.values(), *plots.ATTENTION.values()]
+    assert len({*others, *plots.COLORS.values()}) == len(others) + len(plots.COLORS)
 
 
 def test_texts_stand_below_one_another_with_all_their_words(folder):
