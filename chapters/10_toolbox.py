@@ -902,28 +902,9 @@ for cells in PAPER["Table 7"].values():
     assert None in scores or 0.05 < abs(sum(scores) / 6 - average) < 1.5
 
 # %% [markdown]
-# Human evaluation: Figure 1 pools the single and multi-turn shares of Figure 12 by the prompt counts of Table 32. Five
-# pairings of six come out within chart-reading error; Falcon does with 960 multi-turn prompts, not the 1,960 printed.
-
-# %%
-def pooled(pairing, single, multi):
-    "Win, tie and loss of Figure 12, pooled by the number of prompts."
-    parts = PAPER["Figure 12 single"][pairing].values(), PAPER["Figure 12 multi"][pairing].values()
-    return [(single * s + multi * m) / (single + multi) for s, m in zip(*parts, strict=True)]
-
-def distance(pairing, single, multi):
-    printed = PAPER["Figure 1"][pairing].values()
-    return max(abs(a - b) for a, b in zip(pooled(pairing, single, multi), printed, strict=True))
-
-far = {}
-for pairing in PAPER["Figure 1"]:
-    model = next(name for name in PAPER["Table 32"] if name in pairing)
-    far[pairing] = round(distance(pairing, **PAPER["Table 32"][model]), 1)
-assert [pairing for pairing, d in far.items() if d > 0.7] == ["34B vs Falcon-40B-instruct"]
-assert distance("34B vs Falcon-40B-instruct", 1917, 960) < 0.1
-far
-
-# %% [markdown]
+# Human evaluation: Figure 1 pools the single and multi-turn shares of Figure 12 by the prompt counts of Table 32, but
+# for one count, and the text claims a win rate that the figure does not have. Chapter 14 shows both.
+#
 # Contamination: with a standard error of sqrt(p (1 - p) / n) every z of Table 51 comes back to within 0.15.
 
 # %%
@@ -962,8 +943,7 @@ assert round(turns, 1) == 2.5 != total["turns"]
 # (Figure 24); the 7B model's gains in section 4.1 are relative, one of them off by 0.04; the *large* margin of Table 28
 # is not quite the helpfulness model of Table 8; borderline refusals come in 180ths, though the text counts 210 prompts
 # (Figure 33); the prompts of the three risk categories are the single- and multi-turn ones; a refusal appears at 25 %
-# of the safety data, before the 50 % the text names (Table 36); Llama 2-Chat wins 37 % against Vicuna-33B, not 75
-# (Figure 1).
+# of the safety data, before the 50 % the text names (Table 36).
 
 # %%
 assert all(abs(sum(grid[b] for grid in PAPER["Figure 25"].values()) - 100) < 0.3 for b in map(str, range(1, 15)))
@@ -977,8 +957,6 @@ refusals = [cell / 100 * 180 for cell in column(PAPER["Figure 33"], "borderline_
 assert [round(n) for n in refusals] == [27, 30, 32, 39, 42, 49] and all(abs(n - round(n)) < 0.07 for n in refusals)
 assert TEXT["Section 4.4"]["single_turn"] + TEXT["Section 4.4"]["multi_turn"] == sum(TEXT["Section 4.4"]["categories"])
 assert PAPER["Table 36"]["25"]["safety"] > 0.9 > PAPER["Table 36"]["10"]["safety"]
-assert PAPER["Figure 1"]["34B vs Falcon-40B-instruct"]["win"] > 75
-assert PAPER["Figure 1"]["34B vs Vicuna-33B"]["win"] == 37.2
 
 # %% [markdown]
 # ## The ledger
