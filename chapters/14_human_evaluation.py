@@ -359,8 +359,6 @@ for noise, raters in itertools.product((0.1, 0.4), (1, 3, 5)):
 # for each side and one for a tie. Such pairs must have been left out.)
 
 # %%
-from llama2lib.preferences import records
-
 if path := data_file("pandalm/testset-v1.half-a.json"):
     votes = np.array([[int(row[f"annotator{i}"]) for i in (1, 2, 3)] for _, row in records(path)])
     ratings = np.choose(votes, (4, 5, 3))  # 0: a tie, 1: the first, 2: the second
@@ -460,10 +458,6 @@ def widget(desk: Desk, rater: str):
 # quality. They press keys, as people would, and see left and right only.
 
 # %%
-from tempfile import TemporaryDirectory
-from pathlib import Path
-
-from llama2lib.desk import Desk, Study
 from llama2lib.human_eval import Comparing, check_rating, comparison_items, ratings_of
 from llama2lib.judge import SAFE, judge, read_task, scores
 from llama2lib.preferences import written
@@ -472,8 +466,8 @@ from llama2lib.synthetic import CLEAN, HELPFUL, MIXED, dialogues, prompts
 drawn = prompts(np.random.default_rng(9), 60, "test")
 sides = [[reply.text for reply in written(quality)(drawn, 1)] for quality in (CLEAN, MIXED)]
 items, left_out = comparison_items(drawn, *sides)
-folder = TemporaryDirectory()
-desk = Desk(Path(folder.name) / "study.sqlite", Study("two writers", per_item=3), check_rating)
+evaluations = tempfile.TemporaryDirectory()
+desk = Desk(Path(evaluations.name) / "study.sqlite", Study("two writers", per_item=3), check_rating)
 desk.add(items)
 for number, rater in enumerate(("ann", "bob", "cleo")):
     session, random = Comparing(desk, rater), np.random.default_rng(number)
@@ -503,9 +497,6 @@ print("with the first answer on the left:", sum(a.left == 0 for a in desk.annota
 # > over each half.
 
 # %%
-from llama2lib import mini
-from llama2lib.chat import respond
-from llama2lib.checkpoint import load_checkpoint
 from llama2lib.mini_rlhf import PROGRAM, asked as asked_of, program, state_of
 
 PROMPTS = by_scale(smoke=12, laptop=400, a100=400)  # of each half
@@ -571,8 +562,10 @@ for ax, (title, these) in zip(axes, (("all prompts (Figure 1)", half != ""), ("o
     rows = {name: shares([results[seed, number][these] for seed in runs]) for name, number in names.items()}
     stacked(ax, rows, label=f"{title}, mean of {len(runs)} seeds (%)")
 axes[2].legend(ncol=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
-fig.suptitle("V5, the version with PPO, changes more than the four before it: against V0, three simulated raters")
+fig.suptitle(f"V{last}, the version with PPO, changes more than those before it: against V0, three simulated raters")
 plots.save(fig, "figure_12.png")
+ties = {number: shares([results[seed, number] for seed in runs])[1] for number in names.values()}
+assert scale() == "smoke" or min(ties, key=ties.get) == last
 zero = [np.zeros(2 * PROMPTS) for _ in runs]
 newest = [results[seed, last] for seed in runs]
 verdict("Figure 1", "wins minus losses of the last version against V0, simulated raters", "> 0", newest, zero)
@@ -603,14 +596,17 @@ def agreed(seed: int, number: int, other: int, noise: float = NOISE) -> float:
 noises = np.array([0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8])
 fig, ax = plt.subplots()
 ax.axhspan(*TEXT["Section 3.4.2"]["ac2"], color="0.9", label="paper")
+means = []
 for pair, color in {(last, 0): "C0", (last, last - 1): "C1"}.items():
     values = np.array([[agreed(seed, *pair, noise) for noise in noises] for seed in runs])
     ax.plot(noises, values.T, color=color, alpha=0.3, linewidth=0.8)
     ax.plot(noises, values.mean(0), "o-", color=color, label=f"V{pair[0]} against V{pair[1]}")
+    means.append(values.mean(0))
     cells = (f"{value:.2f} at {noise}" for noise, value in zip(noises, values.mean(0), strict=True))
     print(f"V{pair[0]} against V{pair[1]}: AC2", ", ".join(cells))
 ax.set(xlabel="noise of a rater (sd, in points of the gold score)", ylabel="AC2, three raters, seven points")
-ax.set_title("The agreement of the paper's raters is that of a noise of 0.3 to 0.4")
+high, low = (np.interp(agreement, np.mean(means, 0)[::-1], noises[::-1]) for agreement in TEXT["Section 3.4.2"]["ac2"])
+ax.set_title(f"The agreement of the paper's raters is that of a noise of {low:.1f} to {high:.1f}")
 ax.legend()
 plots.save(fig, "14_agreement.png")
 clear, close = ([[agreed(seed, last, other)] for seed in runs] for other in (0, last - 1))
@@ -661,8 +657,11 @@ stacked(axes[1, 0], {name: row for name, row in rows.items() if "prompt" not in 
 present = {name: shares([part[category == name] for part in newest]) for name in KINDS if (category == name).any()}
 stacked(axes[1, 1], present, label=f"ours: V{last} against V0, by kind (%)")
 axes[0, 1].legend(ncol=3, loc="lower right", bbox_to_anchor=(1, 1), fontsize=8)
-fig.suptitle("A preprompt loses helpful prompts and wins adversarial ones; V5 wins least in writing (Figure 30)")
+least = min(present, key=lambda name: present[name][0])
+fig.suptitle(f"A preprompt loses helpful prompts and wins adversarial ones; V{last} wins least in {least} (Figure 30)")
 plots.save(fig, "figure_30.png")
+wins = [np.mean([moved[seed, name].mean() for seed in runs]) > 0 for name, _ in compared]
+assert scale() == "smoke" or wins == [False, True, True]
 for name, row in present.items():
     print(f"{name:<22}{(category == name).sum():>5} prompts: win, tie, loss " + ", ".join(f"{x:.1f}" for x in row))
 nets = [moved[seed, "helpful, generic"] for seed in runs]
@@ -705,6 +704,9 @@ axes[1].plot(range(1, 6), PAPER["Figure 31"]["win, word quintile"].values(), **p
 axes[1].legend(fontsize=8)
 fig.suptitle("In long conversations the last version wins less, and more answers tie (Figure 31)")
 plots.save(fig, "figure_31.png")
+for _, values in panels.values():
+    first, longest = values[:, [0, -1]].mean(0)
+    assert scale() == "smoke" or (longest[0] < first[0] and longest[1] > first[1])
 quintiles = list(PAPER["Figure 31"]["win, word quintile"].values())
 _ = illustrated("Figure 31", "win rate in each fifth of the prompts by words (%)", "figure_31.png", quintiles,
                 panels["fifth of the prompts, by words"][1][:, :, 0].mean(0).round(1).tolist())  # fmt: skip
@@ -923,9 +925,6 @@ assert {text: verdict_of(text) for text in replies} == replies
 # points. Some of its replies are unclear.
 
 # %%
-import re
-
-
 def leaning(dialogs: list) -> list[str]:
     "A judge who prefers what is shown first, unless the other answer is better by 0.3."
     said = []
@@ -980,7 +979,6 @@ for size in ("7b", "70b"):
 # > were made with, favour the last version more than the gold judge does.
 
 # %%
-from llama2lib.reward import load_scorer
 from llama2lib.rollout import untagged
 
 
@@ -1010,6 +1008,7 @@ def against(seed: int, number: int, value: str, by: str) -> float:
 
 
 fig, axes = plt.subplots(1, 3, figsize=(11.5, 3.8), sharex=True, sharey=True)
+opponents = []
 wide = {axis: section[f"{axis}_prompts"] for axis in values}
 for name, row in PAPER["Figure 2"].items():
     ends = [win_rate_interval(row[axis] * n / 100, n - row[axis] * n / 100) for axis, n in wide.items()]
@@ -1019,6 +1018,7 @@ for name, row in PAPER["Figure 2"].items():
 for ax, by in zip(axes[1:], ("gold judge", "reward model"), strict=True):
     for number in range(last):
         spots = np.array([[against(seed, number, value, by) for value in values] for seed in runs])
+        opponents += spots.mean(0).tolist()
         ax.plot(*spots.T, ".", color=f"C{number}", alpha=0.4)
         ax.plot(*spots.mean(0), "o", color=f"C{number}", label=f"V{number}")
         print(f"V{number} against V{last}, by the {by}: {spots.mean(0).round(1).tolist()} %")
@@ -1031,6 +1031,7 @@ axes[0].set_title("paper: against 70B, by GPT-4", fontsize=9)
 axes[2].legend(fontsize=7)
 fig.suptitle("In the mean every earlier version loses to the last, as the paper's opponents do (Figure 2)")
 plots.save(fig, "figure_02.png")
+assert scale() == "smoke" or max(opponents) < 50
 
 # %%
 nothing = {value: [np.zeros(len(told_to[value])) for _ in runs] for value in values}
@@ -1178,8 +1179,8 @@ from llama2lib.launch import launch
 
 config = program(runs[0])
 files = [config.out / f"V{number}" / "answers.jsonl" for number in (last, 0)]
-place = Path(folder.name) / "judged"
-_ = run(JudgeConfig(*files, state_of(config, last)["safety"], scorer=True, out=place))
+out = Path(evaluations.name) / "judged"
+_ = run(JudgeConfig(*files, state_of(config, last)["safety"], scorer=True, out=out))
 launch("llama2lib.human_eval", "--first", "70b-chat.jsonl", "--second", "chatgpt.jsonl", "--judge", "judges/70b-chat",
        nproc=8, gpus=True)  # fmt: skip
 TESTS = "tests/test_human_eval.py"
@@ -1340,7 +1341,6 @@ from llama2lib import sft
 from llama2lib.carbon import Meter
 from llama2lib.checkpoint import save_checkpoint, save_meta
 from llama2lib.dialog import write_dialogs
-from llama2lib.recipes import by_scale, data_file, scale
 
 temporary = tempfile.TemporaryDirectory()
 folder = Path(temporary.name) / "runs"
@@ -1728,8 +1728,6 @@ print(f"{days:.0f} days for one cluster of {TEXT['Section 2.2.1']['max_gpus']:,}
 
 # %%
 from llama2lib import synthetic
-from llama2lib.chat import respond
-from llama2lib.judge import scores
 
 random, count = np.random.default_rng(9), by_scale(smoke=8, laptop=200, a100=200)
 results = {}
