@@ -38,7 +38,6 @@ from llama2lib.dialog import encode_dialog
 from llama2lib.evaluate import CHOICE, mini_rows
 from llama2lib.gatt import answered, build_gatt_example, contexts, converse, joined, newest_turns, obeying
 from llama2lib.generation import generate
-from llama2lib.human_eval import outcomes, simulated, tally
 from llama2lib.judge import obeys, scores
 from llama2lib.mini_gatt import instructed, learned, talk, under
 from llama2lib.mini_rlhf import asked
@@ -55,6 +54,7 @@ from llama2lib.rollout import Prompt, Reward, policy_of, value_of
 from llama2lib.safety import violation_rate
 from llama2lib.sft import SFT, sft
 from llama2lib.stats import paired_interval, win_rate_interval
+from llama2lib.tallies import outcomes, simulated, tally
 from llama2lib.tokenizer import train_tokenizer
 
 plt.rcParams.update(plots.STYLE)

@@ -99,43 +99,19 @@ plots.save(fig, "figure_12_paper.png")
 # 12 add up to anything from 99.7 to 100.2.
 
 # %%
-#| default_exp human_eval
+#| default_exp tallies
 
 # %%
 #| export
-import hashlib
-import json
-import os
-import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.distributed as dist
-import tyro
 from jaxtyping import Float, Int
 from scipy.stats import bootstrap
-from torch.distributed.elastic.multiprocessing.errors import record
 
-from llama2lib.annotate import GUIDELINES, Annotating
-from llama2lib.chat import respond
-from llama2lib.checkpoint import load_checkpoint
-from llama2lib.desk import Desk, Study, check_item
-from llama2lib.dialog import Message, check_dialog
-from llama2lib.distributed import compute_dtype, processes
 from llama2lib.judge import RATINGS
-from llama2lib.launch import one_line_errors
-from llama2lib.preferences import records
-from llama2lib.recipes import write_atomic
-from llama2lib.reward import Scorer, load_scorer
-from llama2lib.rollout import in_chunks, record_settings
-from llama2lib.screen import button, screen_class
-from llama2lib.stats import Interval, gwet_ac2, paired_interval, win_rate_interval
-from llama2lib.tokenizer import Tokenizer
+from llama2lib.stats import Interval, paired_interval, win_rate_interval
 
 
 def pooled(shares: Sequence[Sequence[float]], counts: Sequence[int]) -> Float[np.ndarray, "K"]:
@@ -162,7 +138,7 @@ def count_that_pools(
 
 
 # %%
-from llama2lib.human_eval import count_that_pools, pooled
+from llama2lib.tallies import count_that_pools, pooled
 
 assert count_that_pools([50, 50], [20, 80], [30, 70], 100, 0.1)[0] == 200
 WITHIN = 0.7  # points
@@ -317,7 +293,7 @@ def tally_votes(ratings: Float[np.ndarray, "N R"], seed: int = 0) -> Tally:
 
 
 # %%
-from llama2lib.human_eval import outcomes, tally, tally_votes
+from llama2lib.tallies import outcomes, tally, tally_votes
 
 ratings = np.array([[7, 5, 2], [7, 4, 1], [4, 4, 1], [1, 2, 7]])
 assert outcomes(ratings).tolist() == [1, 0, 0, -1] == np.sign(np.median(ratings, 1) - 4).tolist()
@@ -338,7 +314,7 @@ def simulated(gaps: Float[np.ndarray, "N"], noise: float, raters: int = 3, seed:
 
 
 # %%
-from llama2lib.human_eval import simulated
+from llama2lib.tallies import simulated
 
 assert simulated([0.6, 0.3, 0.1, 0.05, 0, -0.1, -0.9], 0.0, 1)[:, 0].tolist() == [7, 6, 5, 4, 4, 3, 1]
 gaps = np.random.default_rng(0).normal(0.05, 0.3, 4000)
@@ -359,6 +335,8 @@ for noise, raters in itertools.product((0.1, 0.4), (1, 3, 5)):
 # for each side and one for a tie. Such pairs must have been left out.)
 
 # %%
+from llama2lib.preferences import records
+
 if path := data_file("pandalm/testset-v1.half-a.json"):
     votes = np.array([[int(row[f"annotator{i}"]) for i in (1, 2, 3)] for _, row in records(path)])
     ratings = np.choose(votes, (4, 5, 3))  # 0: a tie, 1: the first, 2: the second
@@ -381,7 +359,44 @@ else:
 # ties.
 
 # %%
+#| default_exp human_eval
+
+# %%
 #| export
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from jaxtyping import Float
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from llama2lib.annotate import GUIDELINES, Annotating
+from llama2lib.chat import respond
+from llama2lib.checkpoint import load_checkpoint
+from llama2lib.desk import Desk, Study, check_item
+from llama2lib.dialog import Message, check_dialog
+from llama2lib.distributed import compute_dtype, processes
+from llama2lib.launch import one_line_errors
+from llama2lib.preferences import records
+from llama2lib.recipes import write_atomic
+from llama2lib.reward import Scorer, load_scorer
+from llama2lib.rollout import in_chunks, record_settings
+from llama2lib.screen import button, screen_class
+from llama2lib.stats import Interval, win_rate_interval
+from llama2lib.tallies import POINTS, SAME
+from llama2lib.tokenizer import Tokenizer
+
+
 def comparison_items(
     dialogs: Sequence[Sequence[Message]], first: Sequence[str], second: Sequence[str]
 ) -> tuple[list[dict], Counter[str]]:
@@ -1877,7 +1892,7 @@ def cli(prog: str = "python -m llama2lib.card"):
 # %%
 import numpy as np
 
-from llama2lib.human_eval import tally
+from llama2lib.tallies import tally
 from llama2lib.paper import PAPER
 
 pair, counts, found = "70B vs ChatGPT-0301", PAPER["Table 32"]["ChatGPT"], {}

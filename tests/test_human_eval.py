@@ -24,24 +24,19 @@ from llama2lib.human_eval import (
     chat_judge,
     check_rating,
     comparison_items,
-    count_that_pools,
     judge_prompt,
     load_chat,
-    outcomes,
-    pooled,
     position_bias,
     ratings_of,
     read_answers,
     run,
     score_judge,
-    simulated,
-    tally,
-    tally_votes,
     verdict_of,
     win_rate,
 )
 from llama2lib.judge import RATINGS, rate
 from llama2lib.paper import PAPER
+from llama2lib.tallies import count_that_pools, outcomes, pooled, simulated, tally, tally_votes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")

@@ -198,7 +198,7 @@ def test_imports_point_one_way():
     order += ["mini_rewards", "rollout", "pairs", "rejection", "ppo", "desk", "screen", "annotate", "rlhf", "mini_rlhf"]
     order += ["gatt", "mini_gatt", "composition", "red_team", "safety", "distillation", "tools", "mini_safety"]
     order += ["carbon", "continuations", "harness", "programs", "evaluate", "suffix_index", "contamination"]
-    order += ["human_eval", "card"]
+    order += ["tallies", "human_eval", "card"]
     for file in ROOT.glob("llama2lib/*.py"):
         if file.stem == "__init__":
             continue
