@@ -1248,7 +1248,8 @@ def load() -> list[Row]:
 
 # %% [markdown]
 # A newer row replaces the older one of the same claim. One that only repeats the old result keeps the old date, so
-# that a second run of a chapter changes nothing. A row whose evidence is gone drops out, with a message.
+# that a second run of a chapter changes nothing. A row whose evidence is gone drops out, with a message. One whose cell
+# is gone does so when all chapters have run (`since`); until then a test names it.
 
 # %%
 #| export ledger
