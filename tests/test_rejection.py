@@ -116,9 +116,36 @@ def test_earlier_iterations_join(recipe, tmp_path):
     write_best(tmp_path / "v1.jsonl", [])
     with pytest.raises(ValueError, match="earlier"):
         run(replace(recipe, earlier=(tmp_path / "v1.jsonl",)))
-    (tmp_path / "v1.jsonl").write_text(json.dumps({"messages": []}) + "\n")
-    with pytest.raises(ValueError, match=r"v1\.jsonl:1: not a line of best\.jsonl"):
-        read_best(tmp_path / "v1.jsonl")
+
+
+ASKED = [{"role": "user", "content": "ten nine"}]
+LINE = {"messages": [*ASKED, {"role": "assistant", "content": "eight"}], "is_safety": False, "reward": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"messages": []}, "no user message"),
+        ({"messages": ASKED}, "messages: the user's comes last; expected the assistant's"),
+        ({"messages": LINE["messages"][1:]}, "message 0: assistant first; expected system or user"),
+        ({"messages": [*LINE["messages"], LINE["messages"][1]]}, "message 2: assistant behind the assistant"),
+        ({"messages": [*ASKED, {"role": "assistant"}]}, "message 1: expected 'content' to be a string"),
+        ({"messages": "hi"}, "expected an object with a list in the field 'messages'"),
+        ({"is_safety": None}, "is_safety: found None; expected true or false"),
+        ({"is_safety": 1}, "is_safety: found 1; expected true or false"),
+        ({"reward": "x"}, "reward: found 'x'; expected a finite number"),
+        ({"reward": True}, "reward: found True; expected a finite number"),
+        ({"reward": float("nan")}, "reward: found nan; expected a finite number"),
+        ({"reward": None}, "reward: found None; expected a finite number"),
+    ],
+)
+def test_a_row_that_is_no_best_answer_is_named(tmp_path, change, told):
+    file = tmp_path / "best.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in (LINE, LINE | change)))
+    with pytest.raises(ValueError, match=rf"best\.jsonl:2: not a line of best\.jsonl \({told}"):
+        read_best(file)
+    file.write_text(json.dumps(LINE) + "\n")
+    assert read_best(file) == [Best(Prompt(ASKED, False), "eight", 0.5)]
 
 
 def test_a_recipe_that_cannot_work_is_refused(recipe):
