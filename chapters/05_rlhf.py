@@ -1184,26 +1184,29 @@ assert difference < 1e-4
 def held_out_reward(
     policy: Policy, tokenizer: Tokenizer, prompts: Sequence[Prompt], reward: Reward, config: PPOConfig
 ) -> float:
-    """Mean R_c, as a logit, of an answer to each prompt; of a divided policy each rank answers an equal share.
+    """Mean R_c, as a logit, of an answer to each prompt; the ranks of a divided policy share the prompts out.
 
+    A rank that has none left answers one again, which does not count, so that all of them enter the passes together.
     As in training an answer that did not end has the mean of the others plus `unfinished` standard deviations of them;
     without any other one the result is -inf.
     """
     rank, ranks, group = data_ranks(policy)
-    mine = list(prompts)[rank : len(prompts) // ranks * ranks : ranks]
-    seeds = np.random.SeedSequence([config.seed, len(prompts)]).generate_state(len(prompts))[rank::ranks][: len(mine)]
+    numbers = np.arange(rank, math.ceil(len(prompts) / ranks) * ranks, ranks)
+    mine = [prompts[i] for i in numbers % len(prompts)]
+    seeds = np.random.SeedSequence([config.seed, len(prompts)]).generate_state(len(prompts))[numbers % len(prompts)]
     asked = [encode_dialog(tokenizer, prompt.messages)[0] for prompt in mine]
     _, texts, finished = answered(policy, tokenizer, asked, config, seeds.tolist())
+    finished &= torch.tensor(numbers < len(prompts), device=finished.device)
     combined = torch.tensor(reward(mine, texts).combined, device=finished.device)[finished].double()
-    sums = torch.stack([combined.sum(), combined.square().sum(), finished.sum(), combined.new_tensor(len(mine))])
+    sums = torch.stack([combined.sum(), combined.square().sum(), finished.sum()])
     if group is not None:
         dist.all_reduce(sums, group=group)
-    total, squares, ended, count = sums.tolist()
+    total, squares, ended = sums.tolist()
     if not ended:
         return -math.inf
     mean = total / ended
     deviation = max(squares / ended - mean**2, 0) ** 0.5
-    return mean + config.unfinished * deviation * (1 - ended / count)
+    return mean + config.unfinished * deviation * (1 - ended / len(prompts))
 
 
 def opened(path: str, kind: type[Llama], holds: type[Llama], mesh, parallel: Parallel, device: torch.device) -> Llama:

@@ -237,8 +237,9 @@ READERS: dict[str, tuple[Callable[[dict], Preference], str, dict]] = {  # reader
 def read_public(name: str, path: str | os.PathLike | None = None, split: str = "train") -> list[Preference]:
     """The comparisons of a public set, one of READERS, from a local file (JSON, JSON lines, maybe .gz) or the hub.
 
-    Records that are no comparison are left out, and one warning says how many and why. ValueError for another name, or
-    a file whose records are not of this set; ImportError without the package `datasets` where it is needed.
+    Records that are no comparison are left out, and one warning says how many and why. ValueError for another name, for
+    a set without records, and for records that are not of this set; ImportError without the package `datasets` where it
+    is needed.
     """
     if name not in READERS:
         raise ValueError(f"{name!r} is no set we read; expected one of {', '.join(READERS)}")
@@ -262,6 +263,8 @@ def read_public(name: str, path: str | os.PathLike | None = None, split: str = "
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             wrong = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path or place}:{number}: not a record of {name} ({wrong})") from None
+    if not number:
+        raise ValueError(f"{path or place}: no records of {name}; expected a JSON object a line, or a list of them")
     if left_out:
         reasons = "; ".join(f"{count} times {reason}" for reason, count in left_out.most_common())
         warnings.warn(f"{name}: {left_out.total():,} of {number:,} records left out ({reasons})", stacklevel=2)
@@ -393,12 +396,19 @@ def collect(
 
 
 def helpfulness_mix(helpfulness: Sequence, others: Sequence, seed: int) -> list:
-    "Data of the helpfulness reward model: all of its own, and as many of the others, drawn uniformly (3.2.2)."
+    "Data of the helpfulness reward model: all of its own, and as many others as there are, drawn uniformly (3.2.2)."
     drawn = np.random.default_rng([8, seed]).permutation(len(others))[: len(helpfulness)]
     return [*helpfulness, *(others[i] for i in drawn)]
 
 
 def safety_mix(safety: Sequence, helpfulness: Sequence, seed: int, share: float = 0.1) -> list:
-    "Data of the safety reward model: all of its own, and helpfulness pairs that make up a `share` of it (3.2.2)."
-    drawn = np.random.default_rng([9, seed]).permutation(len(helpfulness))[: round(len(safety) * share / (1 - share))]
+    """Data of the safety reward model: all of its own, and helpfulness pairs that make up a `share` of it (3.2.2).
+
+    Where there are too few of these all are taken, and a warning says how many are missing.
+    """
+    wanted = round(len(safety) * share / (1 - share))
+    if len(helpfulness) < wanted:
+        told = f"{share:.0%} helpfulness pairs beside {len(safety):,} safety pairs are {wanted:,}"
+        warnings.warn(f"{told}: there are {len(helpfulness):,}, and all of them are taken", stacklevel=2)
+    drawn = np.random.default_rng([9, seed]).permutation(len(helpfulness))[:wanted]
     return [*safety, *(helpfulness[i] for i in drawn)]

@@ -315,12 +315,14 @@ def test_the_gate_of_the_recipe_decides_whose_score_counts(recipe, tmp_path):
 
 
 def test_two_processes_learn_what_one_learns(recipe, tmp_path):
+    "Thirteen held-out prompts do not divide among two ranks: seven and six, which are not as many passes."
+    recipe = replace(recipe, held_out=recipe.prompts, every=1)
     run(replace(recipe, out=tmp_path / "one"))
     names = "model helpfulness safety prompts lr value_lr iterations batch minibatch max_new_tokens temperature beta"
     options = [x for n in names.split() for x in (f"--{n.replace('_', '-')}", getattr(recipe, n))]
-    options += ["--out", tmp_path / "two", "--micro-batch", 2]
+    options += ["--held-out", recipe.held_out, "--every", 1, "--out", tmp_path / "two", "--micro-batch", 2]
     conftest.torchrun(*torchrun_arguments("llama2lib.ppo", "mini", *options, nproc=2))
-    for name in ("reward", "helpful", "safety", "kl", "loss", "value_loss", "clipped", "finished", "tokens"):
+    for name in "reward helpful safety kl loss value_loss clipped finished tokens held_out".split():
         one, two = (log(tmp_path / out, name) for out in ("one", "two"))
         assert two == pytest.approx(one, rel=1e-5, abs=1e-5), name
 

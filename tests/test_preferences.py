@@ -3,6 +3,7 @@
 import builtins
 import gzip
 import json
+import warnings
 from importlib import resources
 
 import numpy as np
@@ -154,6 +155,13 @@ def test_what_is_left_out_is_counted_and_told(tmp_path):
     (tmp_path / "z.jsonl").write_text(json.dumps(other))
     with pytest.warns(UserWarning, match="differ in more than the last answer"):
         read_public("harmless", tmp_path / "z.jsonl")
+
+
+@pytest.mark.parametrize(("name", "text"), [("x.jsonl", ""), ("x.json", "[]")])
+def test_a_public_set_without_records_is_an_error(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}: no records of gptj; expected a JSON object a line"):
+        read_public("gptj", tmp_path / name)
 
 
 def test_sets_that_are_not_there(monkeypatch):
@@ -328,6 +336,14 @@ def test_the_two_mixtures_have_the_papers_proportions():
     mixed = safety_mix(safety, helpful, 0)
     assert mixed[:180] == safety and len(mixed) == 200 and {kind for kind, _ in mixed[180:]} == {"h"}
     assert safety_mix(safety, helpful, 1)[180:] != mixed[180:] and safety_mix(safety, helpful, 0, share=0.0) == safety
+
+
+def test_a_mixture_with_too_few_helpfulness_pairs_takes_all_and_says_so():
+    with pytest.warns(UserWarning, match="10% helpfulness pairs beside 90 safety pairs are 10: there are 3"):
+        mixed = safety_mix(range(90), range(100, 103), 0)
+    assert mixed[:90] == [*range(90)] and sorted(mixed[90:]) == [100, 101, 102]
+    with warnings.catch_warnings(action="error"):
+        assert len(safety_mix(range(90), range(10), 0)) == 100
 
 
 def test_the_ratings_are_the_judges():
