@@ -181,6 +181,8 @@ class PPOStep(NamedTuple):
     """What an iteration measured over its batch.
 
     `reward`, `helpful`, `safety`: mean logits, of R_c, R_h, R_s; `kl`: mean over answers of log π - log π_0, in nats;
+    `loss`: the policy's clipped loss, and `value_loss` the value model's, mean over the tokens of a minibatch;
+    `grad_norm`: of the policy alone, before clipping; these three are means over the minibatches;
     `ratio`: largest |π/π_old - 1| in the first minibatch; `clipped`: share of tokens outside the clip threshold;
     `finished`: share of answers with EOS; `tokens`: of answers, so far.
     """
@@ -237,7 +239,11 @@ def rollout(
     seeds: Sequence[int],
     group: dist.ProcessGroup | None = None,
 ) -> Batch:
-    "Answer prompts, whose tokens are `asked`, and put rewards, values and advantages in place (Equation 4)."
+    """Answer prompts, whose tokens are `asked`, and put rewards, values and advantages in place (Equation 4).
+
+    All ranks of divided models enter together, with as many prompts each. ValueError and FloatingPointError as of
+    `generate` and `Reward`.
+    """
     device = policy.tok_embeddings.weight.device
     made, texts, finished = answered(policy, tokenizer, asked, config, seeds)
     scores = reward(prompts, texts)
@@ -250,17 +256,17 @@ def rollout(
     else:
         behaviour = torch.tensor([logprob for completion in made for logprob in completion.logprobs], device=device)
         old = torch.zeros(mask.shape, device=device).masked_scatter(mask, behaviour)
-    ratio = old - in_passes(reference, rows, order, lengths, config.temperature)
+    log_ratio = old - in_passes(reference, rows, order, lengths, config.temperature)  # to π_0
     values = in_passes(value, rows, order, lengths) * mask
 
     combined = torch.tensor(scores.combined, device=device)
     final = torch.full_like(combined, config.unfinished)
     final[finished] = whiten(combined[finished], group)
-    rewards = -config.beta * ratio
+    rewards = -config.beta * log_ratio
     rewards[torch.arange(len(rewards)), torch.tensor(lengths - 1)] += final
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     advantages = torch.zeros_like(advantages).masked_scatter(mask, whiten(advantages[mask], group))
-    sums = [*(part.sum() for part in scores), ratio.sum().item(), finished.sum().item()]
+    sums = [*(part.sum() for part in scores), log_ratio.sum().item(), finished.sum().item()]
     return Batch(rows, lengths, old, advantages, values, returns, torch.tensor(sums, device=device))
 
 
