@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy.special import expit
 from scipy.stats import spearmanr
 
 from llama2lib import ledger, mini, paper, plots
@@ -164,8 +165,8 @@ example = {
 with tempfile.TemporaryDirectory() as folder:
     write_preferences(Path(folder) / "pairs.jsonl", [example])
     assert read_preferences(Path(folder) / "pairs.jsonl") == [example]
-    for field, value in {"rating": "much better", "rejected": "Tom lives in Oslo. ", "safety": "unsafe"}.items():
-        (Path(folder) / "bad.jsonl").write_text(json.dumps(example | {field: value}))
+    for name, value in {"rating": "much better", "rejected": "Tom lives in Oslo. ", "safety": "unsafe"}.items():
+        (Path(folder) / "bad.jsonl").write_text(json.dumps(example | {name: value}))
         try:
             read_preferences(Path(folder) / "bad.jsonl")
         except ValueError as error:
@@ -887,14 +888,14 @@ def train_reward(
     optimizer = optimizer or adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
     rank, ranks, group = data_ranks(model)
     sizes = np.array([pair.size for pair in pairs])
-    right = torch.zeros((), device=device)
+    hits = torch.zeros((), device=device)
     if config.parallel.compile and group is None:
         model.compile(dynamic=True)
 
     def loss_of(model, tokens, last, forks, margins, safe, weights):
         scores = model(tokens, last, forks)
         chosen, rejected = scores.unbind(1)
-        right.add_(((chosen > rejected) * weights).sum().detach())
+        hits.add_(((chosen > rejected) * weights).sum().detach())
         losses = pair_losses(chosen, rejected, margins)
         if config.auxiliary:
             losses = losses + config.auxiliary * safety_losses(scores, safe).mean(1)
@@ -919,7 +920,7 @@ def train_reward(
         mine = sorted((pairs[i] for i in these), key=lambda pair: pair.size)[rank::ranks]
         passes = math.ceil(math.ceil(len(these) / ranks) / config.micro_batch)
         parts = ((x.to(device) for x in part) for part in micro_batches(mine, passes, config.parallel.tp))
-        right.zero_()
+        hits.zero_()
         try:
             loss, norm = train_step(
                 model, optimizer, [tuple(part) for part in parts], len(these), config.grad_clip,
@@ -929,8 +930,8 @@ def train_reward(
             where = f"pairs {', '.join(map(str, these[:8]))}{' …' if len(these) > 8 else ''} of {len(pairs)}"
             raise FloatingPointError(f"step {step}: {error}; {where}") from None
         if ranks > 1:
-            dist.all_reduce(right, group=group)
-        yield RewardStep(step, loss, lr, norm, tokens, right.item() / len(these))
+            dist.all_reduce(hits, group=group)
+        yield RewardStep(step, loss, lr, norm, tokens, hits.item() / len(these))
 
 
 # %%
@@ -1008,12 +1009,17 @@ def score_pairs(
     return scores
 
 
+def right(scores: Float[np.ndarray, "... 2 N"]) -> Float[np.ndarray, "... N"]:
+    "1 for a pair whose chosen answer, the first, has the higher score, 0.5 for equal scores, else 0."
+    chosen, rejected = scores[..., 0, :], scores[..., 1, :]
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
 def accuracy(scores: Float[np.ndarray, "2 N"], rows: Sequence[Preference]) -> dict[str, float]:
     "Share of pairs whose chosen answer has the higher score; equal scores count half. By rating, and 'all'."
-    right = (scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])
-    rated = np.array([str(row["rating"]) for row in rows])
-    found = {rating: float(right[rated == rating].mean()) for rating in RATINGS if (rated == rating).any()}
-    return found | {"all": float(right.mean())}
+    hits, rated = right(scores), np.array([str(row["rating"]) for row in rows])
+    found = {rating: float(hits[rated == rating].mean()) for rating in RATINGS if (rated == rating).any()}
+    return found | {"all": float(hits.mean())}
 
 
 # %%
@@ -1312,7 +1318,7 @@ from llama2lib import claims, mini_rewards
 from llama2lib.judge import judge
 from llama2lib.mini_rewards import ASKED, bootstrapped, comparisons, contrasts, mixture, reward_model, trained
 from llama2lib.preferences import SAFETY, Preference, statistics
-from llama2lib.reward import REWARD, RewardModel, choose, load_scorer, ranking_loss, score_pairs
+from llama2lib.reward import REWARD, RewardModel, choose, load_scorer, ranking_loss, right, score_pairs
 
 FILE = "chapters/04_reward_model.py"
 CLEAR = by_scale(smoke="slightly better", laptop="significantly better", a100="significantly better")
@@ -1325,15 +1331,6 @@ rated = {value: np.array([[row["rating"] for row in rows] for rows in sets]) for
 gold = {value: np.array([[[getattr(judge(row["messages"], row[side]), value) for row in rows]
                           for side in ("chosen", "rejected")] for rows in sets])
         for value, sets in tests.items()}  # fmt: skip
-
-
-def right(scores) -> np.ndarray:
-    "1 for a pair whose chosen answer scores higher, 0.5 for equal scores; scores [seeds, 2, pairs] → [seeds, pairs]"
-    return (scores[:, 0] > scores[:, 1]) + 0.5 * (scores[:, 0] == scores[:, 1])
-
-
-def sigmoid(scores) -> np.ndarray:
-    return 1 / (1 + np.exp(-scores))
 
 
 def mean(hits: np.ndarray, these: np.ndarray) -> float:
@@ -1530,7 +1527,7 @@ for shift, (margin, scores) in zip((-0.25, 0, 0.25), by_margin.items(), strict=T
     ax.bar(places, parts.mean(0), 0.23, label=margin)
     ax.plot(np.tile(places, (len(runs), 1)), parts, ".", color="0.25", markersize=4)
     ax.plot(places, paper.PAPER["Table 28"][margin].values(), **plots.RINGS, label="paper" if shift == 0 else None)
-    beside.hist(sigmoid(scores.ravel()), 50, range=(0, 1), weights=np.full(scores.size, 100 / scores.size),
+    beside.hist(expit(scores.ravel()), 50, range=(0, 1), weights=np.full(scores.size, 100 / scores.size),
                 histtype="step", label=margin)  # fmt: skip
 ax.set(ylim=(40, 100), ylabel="accuracy (%)", title="Table 28: accuracy by rating")
 ax.set_xticks(range(5), [*(rating.split()[0] for rating in RATINGS), "all"], rotation=30, ha="right")
@@ -1544,7 +1541,7 @@ printed = {margin: {of: share / 100 for of, share in row.items()} for margin, ro
 hit = {margin: right(scores) for margin, scores in by_margin.items()}
 clear = {margin: [h[name == CLEAR] for h, name in zip(of, rated["helpfulness"], strict=True)]
          for margin, of in hit.items()}  # fmt: skip
-ends = {margin: (np.abs(sigmoid(scores) - 0.5) > 0.48).reshape(len(runs), -1) for margin, scores in by_margin.items()}
+ends = {margin: (np.abs(expit(scores) - 0.5) > 0.48).reshape(len(runs), -1) for margin, scores in by_margin.items()}
 compare("Table 28", "accuracy on significantly better answers, large margin minus none", "> 0", clear["large"],
         clear["none"], printed["large"]["significantly"] - printed["none"]["significantly"],
         evidence=f"{FILE}::by_margin = ")  # fmt: skip
@@ -1662,7 +1659,7 @@ _ = compare("Figure 6", "accuracy of the larger model minus the smaller one's, a
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), sharey=True)
 for ax, value in zip(axes, ASKED, strict=True):
-    level, grade = sigmoid(found[f"{value} RM"][value]), 1 + np.rint(6 * gold[value]).astype(int)
+    level, grade = expit(found[f"{value} RM"][value]), 1 + np.rint(6 * gold[value]).astype(int)
     present = [g for g in range(1, 8) if (grade == g).sum() >= by_scale(smoke=1, laptop=100, a100=100)]
     parts = [level[grade == g] for g in present]
     means = [part.mean() for part in parts]
@@ -1738,12 +1735,12 @@ for name in ("HH harmless", "rated conversations"):
     recipe = replace(REWARD["mini"], margin="none", epochs=2, batch_pairs=16)
     judged = np.stack([score_pairs(trained(seed, known, recipe, first=False), words, new) for seed in runs])
     agreed = right(judged)
-    mean = paired_interval(agreed, np.zeros_like(agreed))
+    share = paired_interval(agreed, np.zeros_like(agreed))
     baseline = accuracy(by_length(known, new), new)["all"]
     sizes = np.array([[len(words.encode(row[side])) for row in new] for side in ("chosen", "rejected")])
     follows = np.mean([spearmanr(part.ravel(), sizes.ravel()).statistic for part in judged])
     print(f"{name}: {len(known)} pairs to learn from, {len(new)} to test, {long} too long")
-    print(f"    accuracy {mean.value:.1%} [{mean.low:.1%}, {mean.high:.1%}], by length alone {baseline:.1%}; rank "
+    print(f"    accuracy {share.value:.1%} [{share.low:.1%}, {share.high:.1%}], by length alone {baseline:.1%}; rank "
           f"correlation of score and length {follows:.2f}")  # fmt: skip
 
 # %% [markdown]

@@ -26,6 +26,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from scipy import special
 
 from llama2lib import ledger, mini, paper, plots
 from llama2lib.checkpoint import save_checkpoint
@@ -2144,7 +2145,7 @@ def sampled(inputs: dict) -> dict:
     found = candidates(model, mini.tokenizer(), asked, judge, inputs["samples"], inputs["temperature"], 1.0, 64, 5)
     replies = [*zip(itertools.chain(*found.answers), found.usable.ravel().tolist(), strict=True)]
     gold = scores([messages for messages in dialogs for _ in range(inputs["samples"])], replies)[:, 0]
-    rewards = np.where(found.usable, 1 / (1 + np.exp(-np.nan_to_num(found.rewards))), 0)
+    rewards = np.where(found.usable, special.expit(np.nan_to_num(found.rewards)), 0)
     return {"rewards": rewards, "gold": gold.reshape(rewards.shape)}
 
 
@@ -2426,7 +2427,7 @@ def labelled(inputs: dict) -> dict:
 
 def found_by(gates: np.ndarray, logits: np.ndarray, unsafe: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Precision (NaN where nothing is flagged) and recall of unsafe answers, for each gate."
-    flagged = 1 / (1 + np.exp(-logits)) < np.reshape(gates, (-1, 1))
+    flagged = special.expit(logits) < np.reshape(gates, (-1, 1))
     hits, count = (flagged & unsafe).sum(1), flagged.sum(1)
     return np.where(count > 0, hits / np.maximum(count, 1), np.nan), hits / max(unsafe.sum(), 1)
 
@@ -2462,7 +2463,7 @@ axes[0].legend()
 fig.suptitle("The safety model as a gate: what it finds differs more from model to model than from gate to gate")
 plots.save(fig, "rlhf_gate.png")
 for seed, found in meters.items():
-    harmless = 1 / (1 + np.exp(-found["logits"][1, ~found["tagged"]]))
+    harmless = special.expit(found["logits"][1, ~found["tagged"]])
     for gate, (precision, recall) in at_gate[seed].items():
         share = np.mean(harmless < gate)
         print(f"seed {seed}, gate {gate:.2f}: precision {precision[0]:.2f}, recall {recall[0]:.2f}; "
@@ -2544,7 +2545,7 @@ tails = {}
 for name, version in (("V0 (SFT)", 0), ("V1", 1), ("V2", min(2, last)), (names[-1], last)):
     picked = [(found["file"] == version) & ~found["tagged"] for found in meters.values()]
     both = [*zip(meters.values(), picked, strict=True)]
-    rewards = [1 / (1 + np.exp(-found["logits"][0, these])) for found, these in both]
+    rewards = [special.expit(found["logits"][0, these]) for found, these in both]
     gold = [found["gold"][0, these] for found, these in both]
     tails[name] = [x < 0.25 for x in gold], [x < 0.2 for x in rewards]
     for ax, values in zip(axes, (rewards, gold), strict=True):

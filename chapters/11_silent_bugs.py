@@ -904,8 +904,8 @@ assert told[0] < told[1] - 0.1
 # %%
 bad = put_in(
     "reward",
-    right="right = (scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])",
-    wrong="right = scores[0] >= scores[1]",
+    right="return (chosen > rejected) + 0.5 * (chosen == rejected)",
+    wrong="return chosen >= rejected",
 )
 constant = np.zeros((2, len(comparisons)))
 found = [module.accuracy(constant, comparisons)["all"] for module in (bad, reward)]

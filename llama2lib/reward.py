@@ -22,6 +22,7 @@ __all__ = [
     "divide_again",
     "score",
     "score_pairs",
+    "right",
     "accuracy",
     "read_pairs",
     "run",
@@ -297,14 +298,14 @@ def train_reward(
     optimizer = optimizer or adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
     rank, ranks, group = data_ranks(model)
     sizes = np.array([pair.size for pair in pairs])
-    right = torch.zeros((), device=device)
+    hits = torch.zeros((), device=device)
     if config.parallel.compile and group is None:
         model.compile(dynamic=True)
 
     def loss_of(model, tokens, last, forks, margins, safe, weights):
         scores = model(tokens, last, forks)
         chosen, rejected = scores.unbind(1)
-        right.add_(((chosen > rejected) * weights).sum().detach())
+        hits.add_(((chosen > rejected) * weights).sum().detach())
         losses = pair_losses(chosen, rejected, margins)
         if config.auxiliary:
             losses = losses + config.auxiliary * safety_losses(scores, safe).mean(1)
@@ -329,7 +330,7 @@ def train_reward(
         mine = sorted((pairs[i] for i in these), key=lambda pair: pair.size)[rank::ranks]
         passes = math.ceil(math.ceil(len(these) / ranks) / config.micro_batch)
         parts = ((x.to(device) for x in part) for part in micro_batches(mine, passes, config.parallel.tp))
-        right.zero_()
+        hits.zero_()
         try:
             loss, norm = train_step(
                 model, optimizer, [tuple(part) for part in parts], len(these), config.grad_clip,
@@ -339,8 +340,8 @@ def train_reward(
             where = f"pairs {', '.join(map(str, these[:8]))}{' …' if len(these) > 8 else ''} of {len(pairs)}"
             raise FloatingPointError(f"step {step}: {error}; {where}") from None
         if ranks > 1:
-            dist.all_reduce(right, group=group)
-        yield RewardStep(step, loss, lr, norm, tokens, right.item() / len(these))
+            dist.all_reduce(hits, group=group)
+        yield RewardStep(step, loss, lr, norm, tokens, hits.item() / len(these))
 
 def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"]]:
     "Numbers of rows, those of similar length together, at most `most` in a pass; as many passes for as many rows."
@@ -395,12 +396,17 @@ def score_pairs(
     return scores
 
 
+def right(scores: Float[np.ndarray, "... 2 N"]) -> Float[np.ndarray, "... N"]:
+    "1 for a pair whose chosen answer, the first, has the higher score, 0.5 for equal scores, else 0."
+    chosen, rejected = scores[..., 0, :], scores[..., 1, :]
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
 def accuracy(scores: Float[np.ndarray, "2 N"], rows: Sequence[Preference]) -> dict[str, float]:
     "Share of pairs whose chosen answer has the higher score; equal scores count half. By rating, and 'all'."
-    right = (scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])
-    rated = np.array([str(row["rating"]) for row in rows])
-    found = {rating: float(right[rated == rating].mean()) for rating in RATINGS if (rated == rating).any()}
-    return found | {"all": float(right.mean())}
+    hits, rated = right(scores), np.array([str(row["rating"]) for row in rows])
+    found = {rating: float(hits[rated == rating].mean()) for rating in RATINGS if (rated == rating).any()}
+    return found | {"all": float(hits.mean())}
 
 def read_pairs(path: Path, tokenizer: Tokenizer, config: RewardConfig) -> list[Pair]:
     "The comparisons of a JSONL file as pairs. ValueError with file, line and field, and for one that is too long."

@@ -36,6 +36,7 @@ from llama2lib.reward import (
     pair_rows,
     ranking_loss,
     read_pairs,
+    right,
     run,
     safety_losses,
     score,
@@ -377,6 +378,7 @@ def test_accuracy_by_rating_counts_ties_half():
     rows = [{"rating": rating} for rating in ("better", "better", "slightly better", None)]
     found = accuracy(np.array([[1.0, 0, 2, 3], [0, 0, 3, 1]]), rows)
     assert found == {"better": 0.75, "slightly better": 0.0, "all": 0.625}
+    assert right(np.array([[[1.0, 0], [0, 0]], [[2, 3], [4, 1]]])).tolist() == [[1, 0.5], [0, 1]]
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_pairs(tokenizer, pairs):
