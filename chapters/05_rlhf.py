@@ -1230,11 +1230,12 @@ def run(config: PPOConfig) -> Path:
     """Train with PPO, or go on training, as `config` says; returns the folder of the trained policy.
 
     Writes out/log.jsonl, out/step-…, and out/model, a Hugging Face folder. ValueError, naming the folders, for reward
-    models of another tokenizer; other errors as in `pretrain.run`.
+    models of another tokenizer or a shorter context; other errors as in `pretrain.run`.
     """
     with processes() as device:
         tokenizer = Tokenizer(config.model)
-        for folder in filter(None, (config.helpfulness, config.safety)):
+        judged_by = [folder for folder in (config.helpfulness, config.safety) if folder is not None]
+        for folder in judged_by:
             if Tokenizer(folder).digest != tokenizer.digest:
                 raise ValueError(f"{folder} has another tokenizer than {config.model}: expected the same")
         paths = [config.prompts] + [config.held_out] * (config.held_out is not None)
@@ -1247,11 +1248,12 @@ def run(config: PPOConfig) -> Path:
         value = opened(config.helpfulness, Value, RewardModel, mesh, config.parallel, device)
         with torch.no_grad():
             value.score.weight.zero_()
-        scorers = [
-            partial(score, opened(path, RewardModel, RewardModel, mesh, frozen, device), tokenizer, batch=most)
-            for path in (config.helpfulness, config.safety)
-            if path is not None
-        ]
+        scorers = []
+        for folder in judged_by:
+            judge = opened(folder, RewardModel, RewardModel, mesh, frozen, device)
+            if (context := judge.config.max_seq_len) < policy.config.max_seq_len:
+                raise ValueError(f"{folder} has a context of {context} tokens: expected {policy.config.max_seq_len}")
+            scorers.append(partial(score, judge, tokenizer, batch=most, cut=True))
         rewards = Reward(*scorers, gate=config.gate)
         return train(config, policy, reference, value, tokenizer, prompts, held_out, rewards, digest)
 
@@ -1700,7 +1702,7 @@ def measure(config: RLHFConfig, version: int, state: dict):
             write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         found[f"V{number}"] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorers = {value: load_scorer(state[value], device) for value in VALUES if value in state}
+    scorers = {value: load_scorer(state[value], device, cut=True) for value in VALUES if value in state}
     metrics = {}
     for name, rows in found.items():
         tagged = np.array([row["is_safety"] for row in rows])

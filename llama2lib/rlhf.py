@@ -330,7 +330,7 @@ def measure(config: RLHFConfig, version: int, state: dict):
             write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         found[f"V{number}"] = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorers = {value: load_scorer(state[value], device) for value in VALUES if value in state}
+    scorers = {value: load_scorer(state[value], device, cut=True) for value in VALUES if value in state}
     metrics = {}
     for name, rows in found.items():
         tagged = np.array([row["is_safety"] for row in rows])

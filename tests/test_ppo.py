@@ -363,8 +363,20 @@ def test_a_reward_model_of_another_tokenizer_is_refused(recipe, tmp_path):
         run(replace(recipe, safety=str(tmp_path / "other"), out=tmp_path / "out"))
 
 
-def random_reward(tokenizer):
-    return RewardModel.of(random_model("MHA", vocab_size=tokenizer.vocab_size))
+def test_a_reward_model_must_hold_what_the_policy_says(recipe, tokenizer, tmp_path):
+    "One of a shorter context is refused; in one as long, an answer that fills the context is scored without its EOS."
+    save_checkpoint(random_reward(tokenizer, max_seq_len=64), tmp_path / "short", tokenizer)
+    with pytest.raises(ValueError, match="short has a context of 64 tokens: expected 128"):
+        run(replace(recipe, safety=str(tmp_path / "short"), out=tmp_path / "out"))
+    long = Prompt([{"role": "user", "content": "one " * 115}], False)
+    assert 120 < len(encode_dialog(tokenizer, long.messages)[0]) < 126
+    write_prompts(tmp_path / "long.jsonl", [long])
+    run(replace(recipe, prompts=tmp_path / "long.jsonl", max_new_tokens=50, iterations=1, out=tmp_path / "long"))
+    assert np.isfinite(log(tmp_path / "long", "helpful")).all()
+
+
+def random_reward(tokenizer, **changes):
+    return RewardModel.of(random_model("MHA", vocab_size=tokenizer.vocab_size, **changes))
 
 
 def test_the_papers_constants():

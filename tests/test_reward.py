@@ -493,12 +493,37 @@ def test_a_run_goes_on_from_a_reward_model(recipe, alone, tokenizer, pairs, tmp_
         sft.run(replace(sft.SFT["mini"], model=again.model, data=tmp_path / "d.jsonl", out=tmp_path / "sft"))
 
 
-def test_a_score_is_read_up_to_the_context(tokenizer):
-    model = scoring_model(tokenizer)
-    long = [*dialogs()[0][:-1], {"role": "assistant", "content": "yes " * 300}]
-    longer = [*dialogs()[0][:-1], {"role": "assistant", "content": "yes " * 400}]
-    assert len(encode_dialog(tokenizer, long)[0]) > model.config.max_seq_len
-    assert np.equal(*score(model, tokenizer, [long, longer]))
+@pytest.mark.parametrize("kind", ["score", "load_scorer", "Hugging Face", "score_pairs"])
+def test_an_answer_is_never_cut_in_silence(tokenizer, tmp_path, kind):
+    "What exceeds the context is an error that names the conversation; with `cut` it is read up to there."
+    model, asked = scoring_model(tokenizer), [{"role": "user", "content": "what is the fox"}]
+    long, longer = ([*asked, {"role": "assistant", "content": "yes " * count}] for count in (300, 400))
+    if kind == "score_pairs":
+        rows = [ROWS[0], ROWS[0] | {"messages": asked, "chosen": longer[-1]["content"]}]
+        with pytest.raises(ValueError, match=r"comparison 1: chosen: \d+ tokens with the conversation, more than"):
+            score_pairs(model, tokenizer, rows)
+        return
+    save_checkpoint(model, tmp_path / "model", tokenizer)
+    if kind == "Hugging Face":
+        pytest.importorskip("transformers")
+        (tmp_path / "model" / "tokenizer.model").unlink()
+    if kind == "score":
+        plain, cutting = (lambda told, cut=cut: score(model, tokenizer, told, cut=cut) for cut in (False, True))
+    else:
+        plain, cutting = (load_scorer(tmp_path / "model", cut=cut) for cut in (False, True))
+    with pytest.raises(ValueError, match=r"dialog 1, 'what is the fox': \d+ tokens with the answer, more than .* 128"):
+        plain([dialogs()[0], long])
+    with pytest.raises(ValueError, match="dialog 1 ends with the user: expected an answer"):
+        cutting([dialogs()[0], asked])
+    assert np.equal(*cutting([long, longer])) and plain([dialogs()[0]]) == pytest.approx(cutting([dialogs()[0]]))
+
+
+def test_a_divided_model_scores_with_its_newest_weights(tokenizer, tmp_path):
+    "Two ranks: after a look without gradients the weights change, and the next look sees it."
+    save_checkpoint(scoring_model(tokenizer), tmp_path / "model", tokenizer)
+    write_preferences(tmp_path / "rows.jsonl", ROWS[:8])
+    worker = Path(__file__).with_name("worker.py")
+    conftest.torchrun("--standalone", "--nproc-per-node=2", worker, "scored", tmp_path)
 
 
 def test_bad_rows_stop_with_file_line_and_field(recipe, tokenizer, tmp_path):

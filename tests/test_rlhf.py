@@ -339,7 +339,8 @@ def test_metrics_are_means_over_the_prompts_of_their_value(config, monkeypatch):
     rows = [prompt._asdict() | answer for prompt, answer in zip(NUMBER_PROMPTS, said, strict=False)]
     (config.out / "V0" / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def load(factor, _):
+    def load(factor, _, cut):
+        assert cut  # an answer that did not end may fill the context
         return lambda dialogs: int(factor) * np.array([len(messages[-1]["content"]) for messages in dialogs])
 
     monkeypatch.setattr(rlhf, "load_scorer", load)

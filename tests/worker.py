@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,9 @@ from llama2lib import distributed, pretrain
 from llama2lib.checkpoint import copy_weights, load_checkpoint, local_block, read_tensors, save_checkpoint, save_meta
 from llama2lib.distributed import Parallel
 from llama2lib.model import LLAMA2, Llama
+from llama2lib.preferences import read_preferences
+from llama2lib.reward import RewardModel, score, score_pairs
+from llama2lib.tokenizer import Tokenizer
 
 RUN = pretrain.PretrainConfig(
     model="debug",
@@ -186,6 +190,27 @@ def folders(arguments: str):
             local, block = local_block(parameter)
             assert torch.equal(local, expected[name][block]), name
             assert torch.equal(parameter.full_tensor(), expected[name]), name
+
+
+def scored(folder: str):
+    "Scores of a divided model, of single answers and of pairs, are a whole one's before and after its weights change."
+    whole, words = load_checkpoint(f"{folder}/model", kind=RewardModel), Tokenizer(f"{folder}/model")
+    rows = read_preferences(f"{folder}/rows.jsonl")
+    dialogs = [[*row["messages"], {"role": "assistant", "content": row["chosen"]}] for row in rows]
+    with distributed.processes() as device:
+        for look, given in ((score, dialogs), (score_pairs, rows)):
+            divided = load_checkpoint(f"{folder}/model", kind=RewardModel)
+            distributed.parallelize(divided, distributed.make_mesh(Parallel(), device.type), Parallel())
+            weights = [*whole.parameters(), *divided.parameters()]  # as an optimiser holds them
+            before = look(whole, words, given)
+            assert np.allclose(look(divided, words, given), before, atol=1e-4)
+            with torch.no_grad():
+                for weight in weights:
+                    weight.mul_(1.1)
+            after = look(whole, words, given)
+            assert not np.allclose(after, before, atol=1e-2)
+            assert np.allclose(look(divided, words, given), after, atol=1e-4)
+            whole = load_checkpoint(f"{folder}/model", kind=RewardModel)
 
 
 def full_disk(out: str):
