@@ -272,8 +272,9 @@ def consolidated(model: Llama, dtype: torch.dtype | None = None) -> Iterator[Lla
 # %% [markdown]
 # ## Work in chunks
 #
-# Answers to many prompts take long. The commands below work through them in chunks: the ranks share the chunks out,
-# each with whole models on its device, and a killed run goes on behind the last chunk of each.
+# Answers to many prompts take long. The commands below work through them in chunks: the ranks share the chunks out, and
+# a killed run goes on behind the last chunk of each. A rank has whole models on its device, policy and scorers, which
+# must fit on one GPU together: 70B does not, with 138 GB in bfloat16 for one model.
 
 # %%
 #| export
@@ -373,6 +374,7 @@ def run(config: PairsConfig) -> Path:
     """Answer every prompt twice, as `config` says; returns the path of items.jsonl.
 
     Pairs of which an answer did not end, or is empty, or is like the other, are left out, and a line says how many.
+    Each rank holds all the variants whole: they must fit on one GPU, which 70B in bfloat16 does not.
     ValueError with file and line for prompts that are none, and for a folder with chunks of another configuration.
     """
     with processes() as device:
@@ -625,6 +627,7 @@ def chosen_temperature(config: RejectionConfig, prompts: Sequence[Prompt], sampl
 def run(config: RejectionConfig) -> Path:
     """Sample, score and choose as `config` says; returns the path of best.jsonl.
 
+    Each rank holds the policy and the reward models whole: they must fit on one GPU, which 70B in bfloat16 does not.
     ValueError with file and line for prompts that are none, for a folder with chunks of another configuration, and
     when no prompt got an answer that ended.
     """
@@ -1693,7 +1696,11 @@ def answers_of(folder: str, prompts: Sequence[Prompt], config: RLHFConfig) -> li
 
 
 def measure(config: RLHFConfig, version: int, state: dict):
-    "Write V…/answers.jsonl, of the newest version, and V…/metrics.json, of all so far."
+    """Write V…/answers.jsonl, of the newest version, and V…/metrics.json, of all so far.
+
+    In this process and on one device, which holds whole models: the newest version, and then both reward models. 70B in
+    bfloat16 does not fit on one GPU. Answers that fill the context are scored as far as they go.
+    """
     prompts, found = read_prompts(config.held_out), {}
     for number, folder in enumerate([config.model, *state["versions"]]):
         path = config.out / f"V{number}" / "answers.jsonl"

@@ -525,6 +525,8 @@ def synthesise(config: GAttConfig, device: torch.device, tokenizer: Tokenizer) -
 def run(config: GAttConfig) -> Path:
     """Make the data and fine-tune on them as `config` says, or go on; returns the folder of the trained model.
 
+    While it samples, each rank holds the model and the reward model whole: they must fit on one GPU, which 70B in
+    bfloat16 does not.
     ValueError with file and line for conversations and instructions that are none, for a model that lists no values,
     for a folder of another configuration, and when no answer ended; else as of `sft.run`.
     """

@@ -54,6 +54,7 @@ def run(config: PairsConfig) -> Path:
     """Answer every prompt twice, as `config` says; returns the path of items.jsonl.
 
     Pairs of which an answer did not end, or is empty, or is like the other, are left out, and a line says how many.
+    Each rank holds all the variants whole: they must fit on one GPU, which 70B in bfloat16 does not.
     ValueError with file and line for prompts that are none, and for a folder with chunks of another configuration.
     """
     with processes() as device:

@@ -206,6 +206,7 @@ def chosen_temperature(config: RejectionConfig, prompts: Sequence[Prompt], sampl
 def run(config: RejectionConfig) -> Path:
     """Sample, score and choose as `config` says; returns the path of best.jsonl.
 
+    Each rank holds the policy and the reward models whole: they must fit on one GPU, which 70B in bfloat16 does not.
     ValueError with file and line for prompts that are none, for a folder with chunks of another configuration, and
     when no prompt got an answer that ended.
     """

@@ -321,7 +321,11 @@ def answers_of(folder: str, prompts: Sequence[Prompt], config: RLHFConfig) -> li
 
 
 def measure(config: RLHFConfig, version: int, state: dict):
-    "Write V…/answers.jsonl, of the newest version, and V…/metrics.json, of all so far."
+    """Write V…/answers.jsonl, of the newest version, and V…/metrics.json, of all so far.
+
+    In this process and on one device, which holds whole models: the newest version, and then both reward models. 70B in
+    bfloat16 does not fit on one GPU. Answers that fill the context are scored as far as they go.
+    """
     prompts, found = read_prompts(config.held_out), {}
     for number, folder in enumerate([config.model, *state["versions"]]):
         path = config.out / f"V{number}" / "answers.jsonl"
