@@ -1669,7 +1669,10 @@ for ax, (name, these) in zip(axes, which.items(), strict=True):
     ax.set_xticks(COUNTS, [f"{count:,}" for count in COUNTS])
     ax.minorticks_off()
 axes[0].legend()
-fig.suptitle("Figure 6: every doubling of the data makes the larger reward model better", x=0.01, ha="left")
+shares = [hit.mean() for hit in grown[mini.SIZE].values()]
+gains = [more > fewer for fewer, more in itertools.pairwise(shares)]
+title = f"Figure 6: {sum(gains)} of {len(gains)} doublings of the data make the larger reward model better"
+fig.suptitle(title, x=0.01, ha="left")
 plots.save(fig, "figure_06.png")
 
 # %%

@@ -1162,21 +1162,21 @@ def counted(dialogs):
 
 
 words, start, trained = mini.tokenizer(), mini.base(0), mini.chat(0)
-asked = [Prompt(messages, False) for messages in prompts(np.random.default_rng(3), 16, "train")]
-ids = [encode_dialog(words, prompt.messages)[0] for prompt in asked]
+sixteen = [Prompt(messages, False) for messages in prompts(np.random.default_rng(3), 16, "train")]
+ids = [encode_dialog(words, prompt.messages)[0] for prompt in sixteen]
 plain = replace(PPO["mini"], beta=0.1, gamma=1.0, lam=1.0)
-made = rollout(policy_of(trained), policy_of(start), value_of(RewardModel.of(trained)), words, asked, ids,
+made = rollout(policy_of(trained), policy_of(start), value_of(RewardModel.of(trained)), words, sixteen, ids,
                Reward(counted), plain, range(16))  # fmt: skip
 said, places = made.rows.targets >= 0, made.rows.targets.clamp(min=0)[..., None]
 with torch.no_grad():
     new, old = (model(made.rows.tokens).log_softmax(-1).gather(-1, places)[..., 0] for model in (trained, start))
 divergence = ((new - old) * said).sum(1)
 ended = (made.rows.targets == words.eos_id).any(1)
-score = torch.full((16,), plain.unfinished)
+whitened = torch.full((16,), plain.unfinished)
 texts = [decode_answer(words, row[mask].tolist()) for row, mask in zip(made.rows.targets, said, strict=True)]
-score[ended] = whiten(torch.tensor(counted([[{"content": text}] for text in texts]))[ended])
+whitened[ended] = whiten(torch.tensor(counted([[{"content": text}] for text in texts]))[ended])
 first = said.int().argmax(1)[:, None]
-difference = (made.returns.gather(1, first)[:, 0] - (score - plain.beta * divergence)).abs().max().item()
+difference = (made.returns.gather(1, first)[:, 0] - (whitened - plain.beta * divergence)).abs().max().item()
 print(f"largest difference {difference:.0e}; log π - log π_0 of an answer {divergence.mean():.1f} nats on average")
 ledger.record("Equation 4", "the reward of an answer's tokens: largest difference to the equation, 16 answers",
               "= paper ± 0.0001", 0, difference, evidence="chapters/05_rlhf.py::divergence")  # fmt: skip
@@ -1348,9 +1348,9 @@ def cli(prog: str = "python -m llama2lib.ppo"):
 from llama2lib.ppo import PPO
 
 constants, recipe = paper.TEXT["Section 3.2.3"], PPO["paper"]
-names = {"betas": "betas", "eps": "eps", "weight_decay": "weight_decay", "grad_clip": "grad_clip", "lr": "lr",
-         "batch_size": "batch", "minibatch_size": "minibatch", "clip": "clip", "safety_gate": "gate"}  # fmt: skip
-for name, of in names.items():
+called = {"betas": "betas", "eps": "eps", "weight_decay": "weight_decay", "grad_clip": "grad_clip", "lr": "lr",
+          "batch_size": "batch", "minibatch_size": "minibatch", "clip": "clip", "safety_gate": "gate"}  # fmt: skip
+for name, of in called.items():
     ledger.record("Section 3.2.3", f"PPO: {name}", "preset", constants[name], getattr(recipe, of),
                   evidence=f"llama2lib/ppo.py::{of}")  # fmt: skip
 for size, name in {"7B": "paper", "13B": "paper", "34B": "paper-34B", "70B": "paper-34B"}.items():
@@ -2171,10 +2171,10 @@ for seed, config in programs.items():
     found = samples_of(seed, config.model, state_of(config, 1)["helpfulness"], 0.7, most, dialogs)
     kept.append(found)
     rewards, gold, upto = found["rewards"], found["gold"], range(1, most + 1)
-    best = [gold[np.arange(few), rewards[:, :n].argmax(1)].mean() for n in upto]
+    preferred = [gold[np.arange(few), rewards[:, :n].argmax(1)].mean() for n in upto]
     curves.append([
         [rewards[:, :n].max(1).mean() for n in upto], [np.median(rewards[:, :n], 1).mean() for n in upto],
-        best, [gold[:, :n].max(1).mean() for n in upto],
+        preferred, [gold[:, :n].max(1).mean() for n in upto],
     ])  # fmt: skip
 curves = np.array(curves)
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
@@ -2329,7 +2329,8 @@ for ax, (title, label) in zip(axes, titles.items(), strict=True):
     ax.set(xlabel="PPO iteration", title=title, ylabel=label)
 axes[0].legend(fontsize=7)
 axes[3].legend(fontsize=7)
-fig.suptitle("PPO: with both reward models safety stays, with the helpfulness model alone it is lost")
+lost = {arm: np.subtract(*(np.mean(looked(arm, place, "safety 1")) for place in (-1, 0))) for arm in arms}
+fig.suptitle("PPO, change of gold safety: " + ", ".join(f"with {arm} {change:+.2f}" for arm, change in lost.items()))
 plots.save(fig, "rlhf_ppo.png")
 
 # %%
@@ -2450,8 +2451,8 @@ for seed, config in programs.items():
     answers = [str(config.out / f"V{version}" / "answers.jsonl") for version in range(last + 1)]
     inputs = {value: newest[value] for value in VALUES} | {"answers": answers}
     meters[seed] = found = cached(f"rlhf-meter-seed{seed}", inputs, metered)
-    pairs = {"safety": newest["safety"], "rows": mini_rewards.comparisons(seed, "safety", "test")[0]}
-    known = cached(f"rlhf-labelled-seed{seed}", pairs, labelled)
+    compared = {"safety": newest["safety"], "rows": mini_rewards.comparisons(seed, "safety", "test")[0]}
+    known = cached(f"rlhf-labelled-seed{seed}", compared, labelled)
     precision, recall = found_by(grid, known["logits"], known["unsafe"])
     right = precision >= printed["gate_precision"]
     gates[seed] = float(grid[right][recall[right].argmax()]) if right.any() else PROGRAM.ppo.gate
@@ -2595,15 +2596,15 @@ batches = {
     for seed, config in programs.items()
 }
 table = dict(paper.PAPER["Table 26"])
-whole = table.pop("total")
+total = table.pop("total")
 weights = [row["comparisons"] for row in table.values()]
-ledger.record("Table 26", "comparisons of all batches", "= paper", whole["comparisons"], sum(weights),
+ledger.record("Table 26", "comparisons of all batches", "= paper", total["comparisons"], sum(weights),
               evidence="chapters/05_rlhf.py::sum(weights)")  # fmt: skip
-for column in list(whole)[1:]:
+for column in list(total)[1:]:
     mean = float(np.average([row[column] for row in table.values()], weights=weights))
-    row = ledger.record("Table 26", f"{column}: mean over all comparisons", "= paper ± 0.1", whole[column],
+    row = ledger.record("Table 26", f"{column}: mean over all comparisons", "= paper ± 0.1", total[column],
                         round(mean, 2), evidence="chapters/05_rlhf.py::np.average")  # fmt: skip
-    print(f"the paper's {column}: {whole[column]}, from its batches {mean:.2f}: {row['status']}")
+    print(f"the paper's {column}: {total[column]}, from its batches {mean:.2f}: {row['status']}")
 print("batch comparisons turns tokens/example /prompt /answer (first seed; helpfulness)")
 for number, rows in enumerate(batches[runs[0]], 1):
     found = statistics(rows, words)
@@ -2830,7 +2831,7 @@ from scipy.stats import norm
 
 answers, samples = 20_000, 8
 rank = np.arange(answers + 1) / answers
-reward = norm.ppf(rank[1:] - 0.5 / answers)
+rewards = norm.ppf(rank[1:] - 0.5 / answers)
 
 
 def nats(policy):
@@ -2838,14 +2839,14 @@ def nats(policy):
     return (policy * np.log(policy * answers)).sum()
 
 
-best = np.diff(rank**samples)  # how likely each answer is to be the best of the samples
-beta = 1 / np.sqrt(2 * nats(best))
-tilted = np.exp(reward / beta) / np.exp(reward / beta).sum()
-for name, policy in ((f"best of {samples}", best), (f"Equation 4, β {beta:.2f}", tilted)):
-    print(f"{name}: {nats(policy):.2f} nats, reward {policy @ reward:.2f}")
+highest = np.diff(rank**samples)  # how likely each answer is to be the best of the samples
+beta = 1 / np.sqrt(2 * nats(highest))
+tilted = np.exp(rewards / beta) / np.exp(rewards / beta).sum()
+for name, policy in ((f"best of {samples}", highest), (f"Equation 4, β {beta:.2f}", tilted)):
+    print(f"{name}: {nats(policy):.2f} nats, reward {policy @ rewards:.2f}")
 print(f"Equation 4, β 0.01: {1 / (2 * 0.01**2):,.0f} nats, reward {1 / 0.01:.0f}")
-assert abs(nats(best) - (np.log(samples) - 1 + 1 / samples)) < 1e-3
-assert abs(nats(tilted) - nats(best)) < 0.01 and best @ reward < tilted @ reward
+assert abs(nats(highest) - (np.log(samples) - 1 + 1 / samples)) < 1e-3
+assert abs(nats(tilted) - nats(highest)) < 0.01 and highest @ rewards < tilted @ rewards
 
 # %% [markdown]
 # The largest number below 1 is $1-2^{-24}$ in float32, with a logit of 16.6, and $1-2^{-8}$ in bfloat16, with a logit

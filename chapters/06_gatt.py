@@ -568,6 +568,13 @@ def cli(prog: str = "python -m llama2lib.gatt"):
     about = {name: f"{config.samples} samples, peak lr {config.sft.lr:g}" for name, config in GATT.items()}
     run(tyro.extras.overridable_config_cli({name: (about[name], c) for name, c in GATT.items()}, prog=prog))
 
+# %%
+from llama2lib.gatt import GATT
+
+_ = ledger.record("Section 3.3", "share of system messages in the short wording", "preset",
+                  paper.TEXT["Section 3.3"]["short_instructions"], GATT["paper"].short,
+                  evidence="llama2lib/gatt.py::short: float")  # fmt: skip
+
 # %% [markdown]
 # ### Where a model looks (Figure 10)
 #
@@ -1334,9 +1341,9 @@ from llama2lib import paper
 
 table = paper.PAPER["Table 30"]
 printed = {row[name] for row in table.values() for name in ("baseline", "GAtt")}
-asked = next(n for n in itertools.count(1) if printed <= {round(100 * right / n) for right in range(n + 1)})
-print(f"{sorted(printed)} % can come of {asked} conversations")
-for n in (asked, 59, 299):
+fewest = next(n for n in itertools.count(1) if printed <= {round(100 * right / n) for right in range(n + 1)})
+print(f"{sorted(printed)} % can come of {fewest} conversations")
+for n in (fewest, 59, 299):
     least = 0.05 ** (1 / n)  # a recall with which n right answers of n have a probability of 5 %
     print(f"{n} of {n} right: the recall is above {least:.1%}, with 95 % confidence")
-assert asked == 10 and 0.05 ** (1 / 58) < 0.95 < 0.05 ** (1 / 59)
+assert fewest == 10 and 0.05 ** (1 / 58) < 0.95 < 0.05 ** (1 / 59)
