@@ -858,7 +858,6 @@ def taught(seed: int, arm: str = "Ghost Attention") -> Llama:
 
 # %%
 import itertools
-from functools import partial
 
 from llama2lib.chat import respond
 from llama2lib.checkpoint import save_checkpoint
@@ -995,7 +994,9 @@ fig.suptitle("With Ghost Attention instructions hold; without, they are soon for
 plots.save(fig, "gatt_turns.png")
 
 # %%
-verdict = partial(compare, seeds=runs, evidence=FILE)
+def verdict(measured_by: str, *claim, **options):
+    "Compare what a function of this chapter measures of all seeds: its name, and the arguments of `compare`."
+    compare(*claim, seeds=runs, evidence=f"{FILE}::def {measured_by}", **options)
 
 
 def share(part: float, of: list[np.ndarray]) -> list[np.ndarray]:
@@ -1004,15 +1005,17 @@ def share(part: float, of: list[np.ndarray]) -> list[np.ndarray]:
 
 
 for kind in RULES:
-    verdict(SECTION, f"the instruction in every message is followed, turns 6 to 20: {kind}", "> 0.7",
+    verdict("held", SECTION, f"the instruction in every message is followed, turns 6 to 20: {kind}", "> 0.7",
             rate("ceiling", kind), share(0, rate("ceiling", kind)))  # fmt: skip
 for kind in (*RULES, None):
-    verdict(SECTION, f"Ghost Attention minus 0.9 of the ceiling, turns 6 to 20: {kind or 'all kinds'}", "> 0",
+    verdict("held", SECTION, f"Ghost Attention minus 0.9 of the ceiling, turns 6 to 20: {kind or 'all kinds'}", "> 0",
             rate("Ghost Attention", kind), share(0.9, rate("ceiling", kind)))  # fmt: skip
-verdict(SECTION, "Ghost Attention minus plain fine-tuning on as many conversations, turns 6 to 20", "> 0.4",
+verdict("held", SECTION, "Ghost Attention minus plain fine-tuning on as many conversations, turns 6 to 20", "> 0.4",
         rate("Ghost Attention"), rate("plain"))  # fmt: skip
-verdict(SECTION, "behind answers that do not obey, turns 8 to 20: Ghost Attention minus plain fine-tuning", "> 0.4",
-        *([behind[seed, way][:, 3:7].mean(1) for seed in runs] for way in ("Ghost Attention", "plain")))  # fmt: skip
+from_8 = [8 <= turn <= TURNS for turn in at]
+verdict("looked_up", SECTION,
+        "behind answers that do not obey, turns 8 to 20: Ghost Attention minus plain fine-tuning", "> 0.4",
+        *([behind[seed, way][:, from_8].mean(1) for seed in runs] for way in ("Ghost Attention", "plain")))  # fmt: skip
 
 
 def helpful(inputs: dict) -> dict:
@@ -1029,8 +1032,8 @@ gold = {
 }  # fmt: skip
 before, after = ([gold[seed, arm] for seed in runs] for arm in (None, "Ghost Attention"))
 print(f"gold helpfulness without an instruction: before {np.mean(before):.3f}, after {np.mean(after):.3f}")
-verdict(SECTION, "gold helpfulness without an instruction: after Ghost Attention minus 0.95 before", "> 0", after,
-        share(0.95, before))  # fmt: skip
+verdict("helpful", SECTION, "gold helpfulness without an instruction: after Ghost Attention minus 0.95 before", "> 0",
+        after, share(0.95, before))  # fmt: skip
 
 # %% [markdown]
 # ### What it is that helps
@@ -1056,14 +1059,16 @@ ax.set(xlabel="share of answers that obey, turns 6 to 20 (dots: each seed)", xli
 ax.legend(fontsize=7, loc="upper right", ncols=4)
 ax.set_title("Only data whose instruction stands far back teach to look there")
 plots.save(fig, "gatt_arms.png")
-verdict(SECTION, "earlier answers as they were written, as in the paper, minus half of them obeying, turns 6 to 20",
-        "< 0", rate("earlier answers as written"), rate("Ghost Attention"))  # fmt: skip
-verdict(SECTION, "the loss on all answers instead of the last, turns 6 to 20", "< 0", rate("all answers"),
+verdict("held", SECTION,
+        "earlier answers as they were written, as in the paper, minus half of them obeying, turns 6 to 20", "< 0",
+        rate("earlier answers as written"), rate("Ghost Attention"))  # fmt: skip
+verdict("held", SECTION, "the loss on all answers instead of the last, turns 6 to 20", "< 0", rate("all answers"),
         rate("Ghost Attention"))  # fmt: skip
-verdict(SECTION, "the instruction left on every turn instead of the first, turns 6 to 20", "< 0",
+verdict("held", SECTION, "the instruction left on every turn instead of the first, turns 6 to 20", "< 0",
         rate("instruction on every turn"), rate("Ghost Attention"))  # fmt: skip
-verdict("Figure 28", "a kind of instruction that Ghost Attention never saw: minus plain fine-tuning, turns 6 to 20",
-        "> 0", rate("without endings", "ending"), rate("plain", "ending"))  # fmt: skip
+verdict("held", "Figure 28",
+        "a kind of instruction that Ghost Attention never saw: minus plain fine-tuning, turns 6 to 20", "> 0",
+        rate("without endings", "ending"), rate("plain", "ending"))  # fmt: skip
 
 # %% [markdown]
 # All four expectations hold, the second for all kinds together (for endings and figures alone it is unclear). Ghost
@@ -1146,9 +1151,11 @@ for place, turn in enumerate(turns):
             f"{way} {np.mean([recall[seed, way][:, place].mean() for seed in runs]):.0%}"
             for way in ("before", "plain", "Ghost Attention")
         ))  # fmt: skip
-verdict("Table 30", "recall of hobby or figure, turns 6 to 20: Ghost Attention minus before", "> 0",
-        [recall[seed, "Ghost Attention"][:, -8:].mean(1) for seed in runs],
-        [recall[seed, "before"][:, -8:].mean(1) for seed in runs])  # fmt: skip
+from_6 = [6 <= turn <= TURNS for turn in turns]
+gaps = [(row["GAtt"] - row["baseline"]) / 100 for turn, row in table.items() if 6 <= int(turn) <= TURNS]
+verdict("recalled", "Table 30", "recall of hobby or figure, turns 6 to 20: Ghost Attention minus before", "> 0",
+        *([recall[seed, way][:, from_6].mean(1) for seed in runs] for way in ("Ghost Attention", "before")),
+        np.mean(gaps))  # fmt: skip
 
 # %% [markdown]
 # ### Side by side (Figure 9)
@@ -1229,7 +1236,8 @@ axes[2].set(xlabel="turn", ylabel="attention to the instruction, of one head", y
 axes[2].legend(fontsize=7)
 fig.suptitle("Left of the dotted line, the instruction: with Ghost Attention it is read to the end (Figure 10)")
 plots.save(fig, "figure_10.png")
-verdict("Figure 10", "attention of answers to the instruction, turns 6 to 20: Ghost Attention minus before", "> 0",
+verdict("looked", "Figure 10",
+        "attention of answers to the instruction, turns 6 to 20: Ghost Attention minus before", "> 0",
         [mass[seed, "Ghost Attention"]["mean"][:, late].mean(1) for seed in runs],
         [mass[seed, "before"]["mean"][:, late].mean(1) for seed in runs])  # fmt: skip
 
