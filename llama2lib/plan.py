@@ -436,12 +436,12 @@ def search(config: PlanConfig, hardware: Hardware = A100) -> list[tuple[PlanConf
     """The fewest GPUs, up to `config.gpus`, that a setting fits on, and the settings on so many: the fastest that fits
     first, those that do not fit last, without those that cannot fit because a leaner one does not.
 
-    ValueError, with the least memory that was found, when none fits.
+    ValueError, with the least memory that was found, when none fits, or with the reason when none can be divided so.
     """
-    recipe = config.recipe()
-    if config.tp is not None:
-        divide(recipe, config.gpus)
-    counts = [n for n in (1, 2, 4, *range(8, config.gpus, 8), config.gpus) if n <= config.gpus]
+    numbers = [n for n in (1, 2, 4, *range(8, config.gpus, 8), config.gpus) if n <= config.gpus]
+    counts = [n for n in numbers if settings(config, n)]
+    if not counts:
+        divide(config.recipe(), config.gpus)  # raises, and says why
     low, high, least = 0, len(counts), math.inf
     with tqdm(desc="GPUs", unit=" plans", disable=None) as bar:
         while low < high:  # the fewest lie in counts[low:high]
@@ -456,7 +456,7 @@ def search(config: PlanConfig, hardware: Hardware = A100) -> list[tuple[PlanConf
                 if totals[-1] + hardware.reserve <= hardware.memory:
                     break
             least = min([least, *totals])
-            if min(totals, default=math.inf) + hardware.reserve <= hardware.memory:
+            if min(totals) + hardware.reserve <= hardware.memory:
                 high = middle
             else:
                 low = middle + 1

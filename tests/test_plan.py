@@ -8,6 +8,7 @@ from functools import cache
 from itertools import pairwise
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -328,6 +329,47 @@ def test_a_search_finds_the_fewest_gpus_and_the_fastest_setting_that_fits():
         assert search(PlanConfig("70B", 40, ac="full"))[0][0].gpus == 16
         with pytest.raises(ValueError, match=r"70B fits on no number of GPUs up to 8: .* needs 101\.0 GiB"):
             search(PlanConfig("70B", 8, ac="full"))
+
+
+def test_a_search_looks_only_at_numbers_of_gpus_that_the_batch_can_be_divided_over():
+    "Four rows: at most eight GPUs, with two of them for a row. All fit, so that the fewest is one."
+    fits = {"total": 2**30, "fits": True, "tokens_per_second": 1.0, "mfu": 0.5}
+    config = PlanConfig("debug", 64, batch_tokens=512, seq_len=128)
+    with mock.patch.object(planning, "plan", lambda config, hardware: fits):
+        assert search(config)[0][0].gpus == 1
+        assert search(replace(config, tp=2))[0][0].gpus == 2
+        assert search(replace(config, tp=2, gpus=3))[0][0].gpus == 2
+        for tp, gpus, message in ((8, 64, "tp 8 does not divide n_heads 4"), (2, 1, "tp 2 does not divide 1 GPUs")):
+            with pytest.raises(ValueError, match=message):
+                search(replace(config, tp=tp, gpus=gpus))
+
+
+def test_a_search_leaves_out_no_setting_that_could_be_the_fastest():
+    "Against trying all: each choice but that of tp needs more memory than the one before it, by random numbers."
+    pruned = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        needs = {
+            name: dict(zip(choices, np.cumsum(rng.uniform(0, 15, len(choices))), strict=True))
+            for name, choices in planning.CHOICES.items()
+        }
+        needs["tp"] = {tp: rng.uniform(0, 40) for tp in planning.CHOICES["tp"]}
+        speeds = {}
+
+        def formula(config, hardware=A100, needs=needs, rng=rng, speeds=speeds):
+            gigabytes = 10 + 300 / config.gpus + sum(table[getattr(config, name)] for name, table in needs.items())
+            fits = 2**30 * gigabytes + hardware.reserve <= hardware.memory
+            speed = speeds.setdefault(config, rng.uniform(1, 2))
+            return {"total": 2**30 * gigabytes, "fits": fits, "tokens_per_second": speed, "mfu": 0.5}
+
+        with mock.patch.object(planning, "plan", formula):
+            found = search(PlanConfig("70B", 64))
+        every = settings(PlanConfig("70B", 64), found[0][0].gpus)
+        fitting = [setting for setting in every if formula(setting)["fits"]]
+        assert found[0][0] == max(fitting, key=lambda setting: formula(setting)["tokens_per_second"])
+        assert sum(facts["fits"] for _, facts in found) == len(fitting)
+        pruned += len(every) - len(found)
+    assert pruned > 0
 
 
 def test_a_plan_of_a_small_run_and_its_words():
