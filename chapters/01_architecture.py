@@ -620,16 +620,17 @@ _ = ledger.record("Section 2.2", "vocabulary", "preset", *vocabulary, evidence="
 # unmasked.
 
 # %% tags=["nbval-check-output"]
+from llama2lib.roofline import A100
+
 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
     model(torch.zeros(1, 64, dtype=torch.int64))
 assert counter.get_total_flops() == 64 * config.forward_flops_per_token(context=64)
 
-A100_FLOPS = 312e12  # dense bfloat16, NVIDIA's data sheet
 print("size   operations a token   share of the A100s' peak that Table 2's hours imply for 2T tokens")
 for name in ("7B", "13B", "34B", "70B"):
     hours = paper.PAPER["Table 2"][name]["gpu_hours"]
     operations = 3 * LLAMA2[name].forward_flops_per_token(context=(4096 + 1) / 2)
-    print(f"{name:>4} {operations:20.3e} {2e12 * operations / (3600 * hours * A100_FLOPS):12.0%}")
+    print(f"{name:>4} {operations:20.3e} {2e12 * operations / (3600 * hours * A100.peak_flops):12.0%}")
 
 # %% [markdown]
 # The paper does not print that share. The 34B model, the only one whose GPUs were capped at 350 W, has the lowest.

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from llama2lib.launch import one_line_errors
+from llama2lib.roofline import A100
 
 PUE = 1.1  # the data centre's power over its computers' (Llama 1, section 6)
 KG_PER_KWH = 0.385  # CO2 equivalent, mean of the grid of the United States (Llama 1, section 6)
@@ -153,7 +154,7 @@ def tokens_per_second(gpu_hours: float, tokens: float) -> float:
     return tokens / gpu_hours / 3600
 
 
-def mfu(gpu_hours: float, tokens: float, flops_per_token: float, peak: float = 312e12) -> float:
+def mfu(gpu_hours: float, tokens: float, flops_per_token: float, peak: float = A100.peak_flops) -> float:
     """Share of a GPU's peak FLOP/s (A100, bfloat16) that tokens of so many FLOP, forward and backward, have used.
 
     The model FLOPs utilisation of PaLM (Chowdhery et al. 2022, appendix B). ValueError as of `tokens_per_second`.
@@ -179,7 +180,7 @@ for size in SIZES:
 # %%
 at_70b = {
     size: 2e12 * 3 * LLAMA2[size].forward_flops_per_token(4096)
-    / (312e12 * mfu(table["70B"]["gpu_hours"], 2e12, 3 * LLAMA2["70B"].forward_flops_per_token(4096))) / 3600
+    / (A100.peak_flops * mfu(table["70B"]["gpu_hours"], 2e12, 3 * LLAMA2["70B"].forward_flops_per_token(4096))) / 3600
     for size in SIZES
 }  # fmt: skip
 print(f"34B at 70B's utilisation: {at_70b['34B']:,.0f} hours, {emissions(at_70b['34B'], 350):.0f} t instead of 154")
@@ -443,8 +444,9 @@ assert rows(1.0, 0.385) != printed
 from llama2lib.carbon import mfu
 from llama2lib.model import LLAMA2
 from llama2lib.paper import PAPER
+from llama2lib.roofline import A100
 
-row, trained, peak = PAPER["Table 2"]["70B"], 2e12, 312e12
+row, trained, peak = PAPER["Table 2"]["70B"], 2e12, A100.peak_flops
 forward = LLAMA2["70B"].forward_flops_per_token(4096)
 used = mfu(row["gpu_hours"], trained, 3 * forward)
 served = []

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from llama2lib.launch import one_line_errors
+from llama2lib.roofline import A100
 
 PUE = 1.1  # the data centre's power over its computers' (Llama 1, section 6)
 KG_PER_KWH = 0.385  # CO2 equivalent, mean of the grid of the United States (Llama 1, section 6)
@@ -70,7 +71,7 @@ def tokens_per_second(gpu_hours: float, tokens: float) -> float:
     return tokens / gpu_hours / 3600
 
 
-def mfu(gpu_hours: float, tokens: float, flops_per_token: float, peak: float = 312e12) -> float:
+def mfu(gpu_hours: float, tokens: float, flops_per_token: float, peak: float = A100.peak_flops) -> float:
     """Share of a GPU's peak FLOP/s (A100, bfloat16) that tokens of so many FLOP, forward and backward, have used.
 
     The model FLOPs utilisation of PaLM (Chowdhery et al. 2022, appendix B). ValueError as of `tokens_per_second`.
