@@ -2280,11 +2280,11 @@ SHAPES = {
 RECIPES = {name: replace(PRETRAIN["34B"], model=name, tokens=150_000_000_000, max_seq_len=2048) for name in SHAPES}
 
 
-def cli():
+def cli(prog: str = "python -m llama2lib.ablations"):
     "python -m llama2lib.ablations 30B-GQA [options]: `llama2lib.pretrain` with the shapes of Table 18; torchrun too."
     LLAMA2.update(SHAPES)
     PRETRAIN.update(RECIPES)
-    pretrain.cli("python -m llama2lib.ablations")
+    pretrain.cli(prog)
 
 
 # %% tags=["nbval-check-output"]

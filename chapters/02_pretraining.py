@@ -1322,9 +1322,9 @@ def _tokenizer(config: ShardsConfig, documents: Callable[[], Iterator[str]]) -> 
 
 
 @one_line_errors()
-def cli() -> None:
-    "python -m llama2lib.shards FOLDER [options]"
-    shards = make_shards(tyro.cli(ShardsConfig, prog="python -m llama2lib.shards"))
+def cli(prog: str = "python -m llama2lib.shards"):
+    "python -m llama2lib.shards FOLDER [options]: token shards of one or several sources, or the rest of them."
+    shards = make_shards(tyro.cli(ShardsConfig, prog=prog))
     print(f"{shards.folder}: {len(shards):,} tokens of {shards.header['documents']:,} documents, {shards.digest[:12]}")
 
 
@@ -3222,9 +3222,9 @@ def table(found: list[tuple[PlanConfig, dict]]) -> str:
 
 
 @one_line_errors()
-def cli():
+def cli(prog: str = "python -m llama2lib.plan"):
     "python -m llama2lib.plan --model 70B --gpus 64: memory and speed of a pretraining run, before there are GPUs."
-    config = tyro.cli(PlanConfig, prog="python -m llama2lib.plan", description=cli.__doc__)
+    config = tyro.cli(PlanConfig, prog=prog, description=cli.__doc__)
     torch.set_num_threads(1)
     if not config.search:
         return print(described(config, plan(config)))

@@ -483,9 +483,9 @@ def table(found: list[tuple[PlanConfig, dict]]) -> str:
 
 
 @one_line_errors()
-def cli():
+def cli(prog: str = "python -m llama2lib.plan"):
     "python -m llama2lib.plan --model 70B --gpus 64: memory and speed of a pretraining run, before there are GPUs."
-    config = tyro.cli(PlanConfig, prog="python -m llama2lib.plan", description=cli.__doc__)
+    config = tyro.cli(PlanConfig, prog=prog, description=cli.__doc__)
     torch.set_num_threads(1)
     if not config.search:
         return print(described(config, plan(config)))

@@ -405,9 +405,9 @@ def _tokenizer(config: ShardsConfig, documents: Callable[[], Iterator[str]]) -> 
 
 
 @one_line_errors()
-def cli() -> None:
-    "python -m llama2lib.shards FOLDER [options]"
-    shards = make_shards(tyro.cli(ShardsConfig, prog="python -m llama2lib.shards"))
+def cli(prog: str = "python -m llama2lib.shards"):
+    "python -m llama2lib.shards FOLDER [options]: token shards of one or several sources, or the rest of them."
+    shards = make_shards(tyro.cli(ShardsConfig, prog=prog))
     print(f"{shards.folder}: {len(shards):,} tokens of {shards.header['documents']:,} documents, {shards.digest[:12]}")
 
 

@@ -71,6 +71,17 @@ def test_a_misspelt_directive_is_refused(clone):
     assert ran.returncode == 1 and "01_demo.py, section 'Command line'" in ran.stderr and "exprot" in ran.stderr
 
 
+def test_every_command_names_itself_and_says_what_it_does():
+    "All but the ledger's, which is a target of the Makefile."
+    for file in sorted((ROOT / "llama2lib").glob("*.py")):
+        commands = [node for node in ast.parse(file.read_text("utf-8")).body if getattr(node, "name", None) == "cli"]
+        for cli in commands if file.stem != "ledger" else ():
+            name = f"python -m llama2lib.{file.stem}"
+            assert [ast.literal_eval(default) for default in cli.args.defaults] == [name], file.name
+            usage, _, about = ast.get_docstring(cli).partition(": ")
+            assert usage.startswith(f"{name} ") and about, file.name
+
+
 def test_the_pair_check_sees_an_edited_chapter_and_an_unexecuted_notebook(clone):
     script = clone / "chapters/notebooks.py"
     assert "no notebook" in run(script, "check").stderr
