@@ -192,10 +192,17 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Float[Tensor, "B T D"], rope: Float[Tensor, "#B T H//2 2"], cache=None, mask=None):
-        """`cache`: this layer's keys and values, written in place, and the `KVCache.places` of the new ones.
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rope: Float[Tensor, "#B T H//2 2"],
+        cache: tuple[Tensor, Tensor, Tensor] | None = None,
+        mask: Bool[Tensor, "B 1 T S"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """What the heads read, projected back to the stream's width; `rope`: the rows of `rope_table` at x's positions.
 
-        `mask` (B 1 T S): which of them a token reads; without one it reads itself and the tokens before it in `x`.
+        `cache`: this layer's keys and values (B K S H), written in place, and the `KVCache.places` (B·K·T) of the new.
+        `mask`: which of the keys a token reads; without one it reads itself and the tokens before it in `x`.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -236,7 +243,14 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, rope, cache=None, mask=None):
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rope: Float[Tensor, "#B T H//2 2"],
+        cache: tuple[Tensor, Tensor, Tensor] | None = None,
+        mask: Bool[Tensor, "B 1 T S"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        "The stream behind the layer; arguments as of `Attention.forward`."
         x = x + self.attention(self.attention_norm(x), rope, cache, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -285,7 +299,8 @@ class Llama(nn.Module):
 
         With a cache, `tokens` continue its rows: they are written behind what each row holds, and `lengths` grows by T.
         With `documents`, each run of equal numbers in a row is read as if it stood there alone.
-        ValueError for more tokens than the context or the cache has room for, and for a cache together with documents.
+        ValueError for tokens that are not rows (B T), for more than the context or the cache has room for, and for a
+        cache together with documents.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens of shape {tuple(tokens.shape)}: expected rows of tokens, (B T)")

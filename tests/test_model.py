@@ -1,6 +1,7 @@
 """The model against independent formulas, and the properties that silent bugs break."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import groupby
 
@@ -125,6 +126,12 @@ def test_cached_decoding_equals_one_pass(model, pieces):
     with torch.no_grad():
         parts = [model(part, cache) for part in tokens.split(pieces, 1)]
         assert torch.allclose(torch.cat(parts, 1), model(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (1, 2, 8)])
+def test_tokens_that_are_not_rows_are_refused_with_their_shape(shape):
+    with pytest.raises(ValueError, match=rf"tokens of shape {re.escape(str(shape))}: expected rows of tokens"):
+        random_model().hidden(torch.zeros(shape, dtype=torch.int64))
 
 
 def test_the_cache_refuses_more_than_it_holds():
