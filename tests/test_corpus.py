@@ -16,6 +16,7 @@ from llama2lib.corpus import (
     Stream,
     check_shares,
     cut,
+    describe,
     documents_of,
     encoded,
     mix,
@@ -76,6 +77,16 @@ def test_a_single_text_cannot_be_split():
 def test_the_digest_tells_texts_apart():
     assert Source(("ab", "c")).digest != Source(("a", "bc")).digest
     assert Source(("ab", "c")).digest == Source(("ab", "c"), upsampling=3).digest
+
+
+def test_a_table_describes_every_source_in_a_line():
+    "Documents, characters, multiplier, share (12 of 60, since 1,200 count a twenty-fifth), and the digest."
+    sources = {"large": Source(("a" * 7, "b" * 5), upsampling=1), "small one": Source(("x" * 1200,), upsampling=0.04)}
+    head, *lines = describe(sources).splitlines()
+    assert head.split() == ["source", "documents", "characters", "up-sampled", "share", "sha256"]
+    assert lines[0].split() == ["large", "2", "12", "1×", "20.0%", sources["large"].digest[:12]]
+    assert lines[1].split() == ["small", "one", "1", "1,200", "0.04×", "80.0%", sources["small one"].digest[:12]]
+    assert len({line.index("%") for line in lines}) == 1  # the columns stand below each other
 
 
 def test_the_mix_keeps_the_shares_and_repeats_small_sources():

@@ -10,9 +10,18 @@ import torch
 from conftest import random_model
 from torch.nn.functional import cross_entropy
 
+from llama2lib.checkpoint import save_checkpoint
 from llama2lib.distributed import Parallel
 from llama2lib.optim import adamw, cosine_lr
-from llama2lib.pretrain import PRETRAIN, PretrainConfig, held_out_loss, micro_batches, pretrain
+from llama2lib.pretrain import (
+    PRETRAIN,
+    PretrainConfig,
+    fresh_or_loaded,
+    held_out_loss,
+    is_reward_folder,
+    micro_batches,
+    pretrain,
+)
 from llama2lib.shards import Packed
 
 CONFIG = PretrainConfig(
@@ -134,6 +143,33 @@ def test_held_out_loss_of_a_fresh_model_is_that_of_guessing():
 def test_recipes_that_cannot_work_are_refused(wrong):
     with pytest.raises(ValueError, match="expected"):
         replace(CONFIG, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'{"architectures": ["LlamaForSequenceClassification"]}', True),
+        (b'{"architectures": ["LlamaForCausalLM"]}', False),
+        (b'{"architectures": null}', False),
+        (b"{}", False),
+        (b'["LlamaForSequenceClassification"]', False),
+        (b'{"architectures": ["LlamaForSequenceClassif', False),
+        (b"\xff\xfe", False),
+        (None, False),
+    ],
+)
+def test_a_reward_folder_is_known_by_its_config_and_a_damaged_one_is_none(tmp_path, content, found):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    assert is_reward_folder(tmp_path) is is_reward_folder(str(tmp_path)) is found
+    assert not is_reward_folder(tmp_path / "nowhere")
+
+
+def test_a_run_from_a_folder_with_a_damaged_config_names_the_file(tmp_path):
+    save_checkpoint(random_model(), tmp_path)
+    (tmp_path / "config.json").write_text("{oops")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        fresh_or_loaded(replace(CONFIG, model=str(tmp_path)), 97, torch.device("cpu"), load=True)
 
 
 def test_the_papers_recipe_takes_half_a_million_steps():
