@@ -3791,6 +3791,7 @@ class ScalingLaw(NamedTuple):
         return self.E + self.A / np.asarray(parameters) ** self.alpha + self.B / np.asarray(tokens) ** self.beta
 
 
+HOFFMANN = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # their fit (arXiv 2203.15556, approach 3)
 STARTS = tuple(product((0.1, 0.5, 0.9), (0.1, 0.5), (0.1, 0.5)))  # E's share of the lowest loss, alpha, beta
 
 
@@ -3841,12 +3842,11 @@ def bootstrap_laws(parameters, tokens, losses: np.ndarray, resamples: int, seed:
 # On losses made from a known law it finds that law:
 
 # %%
-from llama2lib.scaling import STARTS, ScalingLaw, bootstrap_laws, fit_scaling_law
+from llama2lib.scaling import HOFFMANN, STARTS, bootstrap_laws, fit_scaling_law
 
-planted = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # Hoffmann et al. 2022
 grid = np.meshgrid(np.geomspace(1e8, 1e10, 4), np.geomspace(1e9, 1e11, 3))
-found = fit_scaling_law(*(x.ravel() for x in grid), planted.loss(*grid).ravel())
-assert np.allclose(found, planted, rtol=0.01)
+found = fit_scaling_law(*(x.ravel() for x in grid), HOFFMANN.loss(*grid).ravel())
+assert np.allclose(found, HOFFMANN, rtol=0.01)
 
 # %% [markdown]
 # Our twelve points, the law, and how sure it is of itself: resampled seeds and points, and the sizes left out one at a

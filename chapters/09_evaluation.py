@@ -2883,11 +2883,10 @@ _ = recomputed("Table 8", "accuracies by rating of the final model, as in Table 
 # > Ours: the law of Hoffmann et al. 2022 (arXiv 2203.15556), with its constants.
 
 # %%
-from llama2lib.scaling import ScalingLaw
+from llama2lib.scaling import HOFFMANN
 
 ends = PAPER["Figure 5"]["nats per token, end"]
-law = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)
-losses = {size: float(law.loss(LLAMA2[size].num_params, TEXT["Section 2.2"]["tokens"])) for size in SIZES}
+losses = {size: float(HOFFMANN.loss(LLAMA2[size].num_params, TEXT["Section 2.2"]["tokens"])) for size in SIZES}
 for size, loss in losses.items():
     print(f"{size:>4}: the curve ends at {ends[size]}; the law's loss {loss:.2f}, its perplexity {np.exp(loss):.1f}")
 _ = recomputed("Figure 5", "end of 70B's curve, were it a perplexity, against a scaling law's", ends["70B"],

@@ -8,6 +8,7 @@ __all__ = [
     "probe_rows",
     "late_slopes",
     "ScalingLaw",
+    "HOFFMANN",
     "STARTS",
     "fit_scaling_law",
     "bootstrap_laws",
@@ -115,6 +116,7 @@ class ScalingLaw(NamedTuple):
         return self.E + self.A / np.asarray(parameters) ** self.alpha + self.B / np.asarray(tokens) ** self.beta
 
 
+HOFFMANN = ScalingLaw(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)  # their fit (arXiv 2203.15556, approach 3)
 STARTS = tuple(product((0.1, 0.5, 0.9), (0.1, 0.5), (0.1, 0.5)))  # E's share of the lowest loss, alpha, beta
 
 
