@@ -981,8 +981,10 @@ def gold(model: Llama, dialogs: list, temperature: float = 0.0) -> np.ndarray:
 
 print(Batches([encode_dialog(words, messages) for messages in mini.taught(runs[0])], SFT["mini"]).summary())
 models = {"pretrained": [mini.base(seed) for seed in runs], "fine-tuned": [mini.chat(seed) for seed in runs]}
-helpful, safe = ({n: np.stack([gold(m, d)[:, i] for m in ms]) for n, ms in models.items()}
-                 for i, d in enumerate((asked, attacks)))  # fmt: skip
+helpful, safe = {}, {}  # [seeds, dialogs]
+for name, of_seeds in models.items():
+    helpful[name] = np.stack([gold(model, asked)[:, 0] for model in of_seeds])
+    safe[name] = np.stack([gold(model, attacks)[:, 1] for model in of_seeds])
 sampled = np.stack([gold(model, asked, temperature=1.0)[:, 0] for model in models["fine-tuned"]])
 for name in models:
     print(f"{name:>10}: helpfulness {helpful[name].mean():.2f}, safety under attack {safe[name].mean():.2f}; by seed "
