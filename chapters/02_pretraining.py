@@ -42,16 +42,21 @@ plt.rcParams.update(plots.STYLE)
 # %%
 #| export corpus
 import ast
+import gzip
 import hashlib
 import json
 import math
+import os
+import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -139,6 +144,47 @@ assert all(len(load()) > 50 for load, _ in PACKAGED.values())
 # Any other text will do as well: a file, or a folder of files. A file that is not UTF-8 stops with its name and the
 # place, and is not skipped. Files are read line by line, so that a corpus may be larger than memory; a long text is
 # cut into documents at blank lines.
+#
+# A corpus may also be JSON lines, as conversations, prompts and comparisons will be in the next chapters. All of them
+# are read by `records`.
+
+
+# %%
+#| export corpus
+def records(path: str | os.PathLike, skip_blank: bool = False) -> Iterator[tuple[int, Any]]:
+    """The records of JSON lines, or of the JSON list in a file named .json, numbered from 1; gzipped if named .gz.
+
+    Of JSON lines one is in memory at a time; with `skip_blank` those without text count, and are passed over.
+    ValueError with file and line for what is not JSON in UTF-8.
+    """
+    opened, number = gzip.open if str(path).endswith(".gz") else open, 0
+    with opened(path, "rb") as file:
+        try:
+            if re.search(r"\.json(\.gz)?$", str(path)):
+                yield from enumerate(json.load(file), 1)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip() or not skip_blank:
+                    yield number, json.loads(line.decode().rstrip("\r\n"))
+        except json.JSONDecodeError as error:
+            place = f"{path}:{number or error.lineno}"
+            raise ValueError(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number or 1}: byte {error.start} is not UTF-8 text ({error.reason})") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}:{number + 1}: not gzip ({error})") from None
+
+
+# %%
+from llama2lib.corpus import records
+
+with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / "rows.jsonl").write_text('{"text": "one"}\n{"text": "two}\n')
+    try:
+        for number, row in records(Path(folder) / "rows.jsonl"):
+            print(number, row)
+    except ValueError as error:
+        print(str(error).removeprefix(folder + os.sep))
 
 
 # %%
@@ -188,11 +234,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _rows(file: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            row = json.loads(line) if line.strip() else {"text": ""}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error.msg})") from None
+    for number, row in records(file, skip_blank=True):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f"{file}:{number}: expected an object with a string in the field 'text'")
         try:

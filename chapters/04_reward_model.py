@@ -48,7 +48,6 @@ plt.rcParams.update(plots.STYLE)
 
 # %%
 #| export
-import gzip
 import itertools
 import json
 import os
@@ -63,6 +62,7 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 
 from llama2lib.chat import Reply, respond
+from llama2lib.corpus import records
 from llama2lib.dialog import Message, check_dialog
 from llama2lib.judge import RATINGS, SAFE, judge, rate, read_task
 from llama2lib.model import Llama
@@ -136,21 +136,6 @@ def write_preferences(path: str | os.PathLike, rows: Iterable[Preference]):
             raise ValueError(f"row {number}: {error}") from None
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_atomic(path, "".join(lines))
-
-
-def records(path: str | os.PathLike) -> Iterator[tuple[int, object]]:
-    "The numbered records of a JSON list or of JSON lines, from 1, gzipped or not. ValueError with file and line."
-    opened = gzip.open if str(path).endswith(".gz") else open
-    with opened(path, "rb") as file:
-        number = 0
-        try:
-            if re.search(r"\.json(\.gz)?$", str(path)):
-                yield from enumerate(json.load(file), 1)
-                return
-            for number, line in enumerate(file, 1):
-                yield number, json.loads(line.decode())
-        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error})") from None
 
 
 # %%

@@ -68,10 +68,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from llama2lib.checkpoint import whole
+from llama2lib.corpus import records
 from llama2lib.dialog import TAGS, Message, check_dialog
 from llama2lib.formats import without_memory
 from llama2lib.model import Llama
-from llama2lib.preferences import records
 from llama2lib.pretrain import IGNORE, check_same
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import RewardModel, Scorer, divide_again, padded
@@ -338,8 +338,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from llama2lib.checkpoint import load_checkpoint
+from llama2lib.corpus import records
 from llama2lib.distributed import compute_dtype, processes
-from llama2lib.preferences import records, sampler, two_answers
+from llama2lib.preferences import sampler, two_answers
 from llama2lib.pretrain import command
 from llama2lib.recipes import write_atomic
 from llama2lib.rollout import in_chunks, read_prompts, record_settings, untagged
@@ -440,10 +441,10 @@ from tqdm import tqdm
 
 from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint
+from llama2lib.corpus import records
 from llama2lib.dialog import Message, check_dialog
 from llama2lib.distributed import compute_dtype, processes
 from llama2lib.model import Llama
-from llama2lib.preferences import records
 from llama2lib.pretrain import command
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import load_scorer

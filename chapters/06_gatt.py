@@ -63,11 +63,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from llama2lib.chat import fit, respond
 from llama2lib.checkpoint import load_checkpoint
+from llama2lib.corpus import records
 from llama2lib.dialog import Message, check_dialog, encode_dialog, read_dialogs
 from llama2lib.distributed import processes
 from llama2lib.launch import one_line_errors
 from llama2lib.model import Llama, apply_rope
-from llama2lib.preferences import records
 from llama2lib.pretrain import train
 from llama2lib.recipes import write_atomic
 from llama2lib.rejection import best, candidates

@@ -768,7 +768,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama2lib.continuations import over_ranks
-from llama2lib.preferences import records
+from llama2lib.corpus import records
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -2031,8 +2031,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
+from llama2lib.corpus import records
 from llama2lib.launch import one_line_errors
-from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
 from llama2lib.shards import Shards
 from llama2lib.suffix_index import CorpusIndex, as_keys, build_index, stored_ids

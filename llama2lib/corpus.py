@@ -6,6 +6,7 @@ __all__ = [
     "docstrings",
     "source_code",
     "PACKAGED",
+    "records",
     "path_documents",
     "read_documents",
     "cut",
@@ -26,16 +27,21 @@ __all__ = [
 # ---------- chapters/02_pretraining.py · Sources
 
 import ast
+import gzip
 import hashlib
 import json
 import math
+import os
+import re
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,6 +117,29 @@ PACKAGED: dict[str, tuple[Callable[[], list[str]], float]] = {
     "source code": (source_code, 1),
 }
 
+def records(path: str | os.PathLike, skip_blank: bool = False) -> Iterator[tuple[int, Any]]:
+    """The records of JSON lines, or of the JSON list in a file named .json, numbered from 1; gzipped if named .gz.
+
+    Of JSON lines one is in memory at a time; with `skip_blank` those without text count, and are passed over.
+    ValueError with file and line for what is not JSON in UTF-8.
+    """
+    opened, number = gzip.open if str(path).endswith(".gz") else open, 0
+    with opened(path, "rb") as file:
+        try:
+            if re.search(r"\.json(\.gz)?$", str(path)):
+                yield from enumerate(json.load(file), 1)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip() or not skip_blank:
+                    yield number, json.loads(line.decode().rstrip("\r\n"))
+        except json.JSONDecodeError as error:
+            place = f"{path}:{number or error.lineno}"
+            raise ValueError(f"{place}: not JSON ({error.msg}, column {error.colno})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number or 1}: byte {error.start} is not UTF-8 text ({error.reason})") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path}:{number + 1}: not gzip ({error})") from None
+
 def path_documents(path: str | Path) -> Iterator[str]:
     """Yield the documents of a text file, a JSONL file (field `text`) or a folder of such; long texts are cut.
 
@@ -156,11 +185,7 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _rows(file: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), 1):
-        try:
-            row = json.loads(line) if line.strip() else {"text": ""}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error.msg})") from None
+    for number, row in records(file, skip_blank=True):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f"{file}:{number}: expected an object with a string in the field 'text'")
         try:

@@ -35,8 +35,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from llama2lib.corpus import records
 from llama2lib.judge import RATINGS
-from llama2lib.preferences import check_preference, records
+from llama2lib.preferences import check_preference
 
 
 def check_item(item: Mapping):

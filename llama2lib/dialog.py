@@ -19,6 +19,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+from llama2lib.corpus import records
 from llama2lib.recipes import write_atomic
 from llama2lib.tokenizer import Tokenizer
 
@@ -90,24 +91,20 @@ def decode_answer(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
 # ---------- chapters/03_sft.py · Conversations on disk
 
 def read_dialogs(path: str | os.PathLike) -> list[list[Message]]:
-    """The conversations of a JSONL file; line n of the file is item n - 1 of the list.
+    """The conversations of a JSONL file; line n of the file is item n - 1 of the list (`corpus.records` reads it).
 
     ValueError with file and line for one that is not JSON, has no list in 'messages', or fails `check_dialog`; and for
     a file without any.
     """
     dialogs = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line.decode())
-                if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-                    raise ValueError("expected an object with a list in the field 'messages'")
-                check_dialog(row["messages"])
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            dialogs.append(row["messages"])
+    for number, row in records(path):
+        try:
+            if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+                raise ValueError("expected an object with a list in the field 'messages'")
+            check_dialog(row["messages"])
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        dialogs.append(row["messages"])
     if not dialogs:
         raise ValueError(f"{path}: no conversations; expected a JSON object a line")
     return dialogs

@@ -49,11 +49,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from llama2lib.annotate import GUIDELINES, Annotating
 from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint
+from llama2lib.corpus import records
 from llama2lib.desk import Desk, Study, check_item
 from llama2lib.dialog import Message, check_dialog
 from llama2lib.distributed import compute_dtype, processes
 from llama2lib.launch import one_line_errors
-from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import Scorer, load_scorer
 from llama2lib.rollout import in_chunks, record_settings

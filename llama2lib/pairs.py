@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from llama2lib.checkpoint import load_checkpoint
+from llama2lib.corpus import records
 from llama2lib.distributed import compute_dtype, processes
-from llama2lib.preferences import records, sampler, two_answers
+from llama2lib.preferences import sampler, two_answers
 from llama2lib.pretrain import command
 from llama2lib.recipes import write_atomic
 from llama2lib.rollout import in_chunks, read_prompts, record_settings, untagged

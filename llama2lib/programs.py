@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llama2lib.continuations import over_ranks
-from llama2lib.preferences import records
+from llama2lib.corpus import records
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

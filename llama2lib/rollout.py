@@ -44,10 +44,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from llama2lib.checkpoint import whole
+from llama2lib.corpus import records
 from llama2lib.dialog import TAGS, Message, check_dialog
 from llama2lib.formats import without_memory
 from llama2lib.model import Llama
-from llama2lib.preferences import records
 from llama2lib.pretrain import IGNORE, check_same
 from llama2lib.recipes import write_atomic
 from llama2lib.reward import RewardModel, Scorer, divide_again, padded

@@ -53,11 +53,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint, read_tensors
 from llama2lib.composition import TOXIC, Classifier, classifier
+from llama2lib.corpus import records
 from llama2lib.distributed import compute_dtype, processes
 from llama2lib.generation import generate, prefill
 from llama2lib.launch import one_line_errors
 from llama2lib.model import Llama
-from llama2lib.preferences import records
 from llama2lib.recipes import write_atomic
 from llama2lib.rollout import in_chunks, record_settings
 from llama2lib.stats import Interval, win_rate_interval

@@ -1,5 +1,6 @@
 """Text in, tokens out: the packaged domains, named sources, shares, the mix, the stream."""
 
+import gzip
 import itertools
 import json
 import sys
@@ -23,9 +24,12 @@ from llama2lib.corpus import (
     packaged_sources,
     path_documents,
     read_documents,
+    records,
     shares,
     token_stream,
 )
+from llama2lib.dialog import read_dialogs
+from llama2lib.preferences import read_preferences
 from llama2lib.tokenizer import train_tokenizer
 
 
@@ -140,13 +144,67 @@ def test_files_and_folders_are_read(tmp_path):
         ("latin.txt", "fine\ncafé".encode("latin-1"), r"latin\.txt: byte 8 is not UTF-8"),
         ("empty.txt", b" \n", r"empty\.txt: no text in 1 file"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": 3}\n', r"rows\.jsonl:2: expected an object with a string"),
-        ("rows.jsonl", b'{"text": "a"}\n{oops\n', r"rows\.jsonl:2: not JSON"),
+        ("rows.jsonl", b'{"text": "a"}\n\n{oops\n', r"rows\.jsonl:3: not JSON"),
     ],
 )
 def test_bad_files_stop_with_file_and_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_documents(tmp_path / name)
+
+
+MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
+COMPARED = {"chosen": "yes", "rejected": "no", "rating": None, "safety": None, "source": ""}
+GOOD = json.dumps({"text": "a"} | MESSAGES | COMPARED).encode()
+
+
+@pytest.mark.parametrize("read", [read_documents, read_dialogs, read_preferences])
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"text": }', r"not JSON (Expecting value, column 10)"),
+        (b'{"text": "\xff"}', r"byte 10 is not UTF-8 text (invalid start byte)"),
+    ],
+)
+def test_a_line_that_is_no_json_is_named_in_the_same_words_by_every_reader(tmp_path, read, line, told):
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([GOOD, line, GOOD]))
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "x.jsonl")
+    assert str(error.value) == f"{tmp_path / 'x.jsonl'}:2: {told}"
+
+
+def test_records_are_lines_or_a_list_gzipped_or_not(tmp_path):
+    rows = [{"text": "one\u2028line"}, ["two"], 3]
+    lines, whole = "\r\n".join(map(json.dumps, rows)).encode(), json.dumps(rows, indent=1).encode()
+    for name, content in (("x.jsonl", lines), ("x.json", whole)):
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content))
+        for path in (tmp_path / name, str(tmp_path / f"{name}.gz")):
+            assert list(records(path)) == [(1, rows[0]), (2, rows[1]), (3, rows[2])]
+    (tmp_path / "blank.jsonl").write_bytes(b"\n1\n \n2\n")
+    assert list(records(tmp_path / "blank.jsonl", skip_blank=True)) == [(2, 1), (4, 2)]
+
+
+PACKED = gzip.compress(b"1\n" * 1000, mtime=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("x.json", b'[{"text": "a"},\n {"text": }]', "2: not JSON (Expecting value, column 11)"),
+        ("x.json", b'["\xff"]', "1: byte 2 is not UTF-8 text"),
+        ("x.jsonl", b"1\n\n2", "2: not JSON (Expecting value, column 1)"),
+        ("x.jsonl.gz", b"1\n", "1: not gzip"),
+        ("x.jsonl.gz", PACKED[:-8], "1001: not gzip"),
+        ("x.jsonl.gz", PACKED[:10] + b"\xff" * 10, "1: not gzip"),
+        ("x.json.gz", PACKED[:-8], "1: not gzip"),
+    ],
+)
+def test_damaged_files_are_named_with_the_line(tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        list(records(tmp_path / name))
+    assert str(error.value).startswith(f"{tmp_path / name}:{told}")
 
 
 def test_a_missing_path_and_an_empty_folder_are_named(tmp_path):

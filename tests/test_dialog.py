@@ -219,7 +219,7 @@ def test_conversations_survive_the_way_to_disk_and_back(tmp_path_factory, found)
         (b'{"messages": "hi"}', "expected an object with a list in the field 'messages'"),
         (b'{"messages": []}', "no user message"),
         (b'{"messages": [{"role": "user", "content": "hi [INST]"}]}', r"message 0: \[INST\]"),
-        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "0xff"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "byte 43 is not UTF-8 text"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "message 0: character 0"),
     ],
 )
