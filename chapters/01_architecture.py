@@ -2375,16 +2375,13 @@ for claim, found in (
 # is the loss on held-out rows of four kinds of text, at their shares of the mix.
 
 # %%
-from itertools import islice
-
 import numpy as np
 from tqdm import tqdm
 
-from llama2lib.corpus import mix, packaged_sources, shares, token_stream
 from llama2lib.distributed import init_weights
 from llama2lib.pretrain import held_out_loss, pretrain
-from llama2lib.recipes import by_scale, cache_folder, cached, scale, seeds
-from llama2lib.scaling import family_member, family_recipe, probe_rows
+from llama2lib.recipes import by_scale, cached, seeds
+from llama2lib.scaling import by_seed, family_member, family_recipe, mixed_text, probe_rows
 from llama2lib.stats import paired_interval
 
 
@@ -2415,21 +2412,7 @@ for model in halves:
 assert torch.equal(*(model.layers[1].attention.wo.weight for model in halves))  # they begin alike
 
 # %%
-sources = packaged_sources()
-share = shares(sources)
-training, held_out = {}, {}
-for name, source in sources.items():
-    training[name], held_out[name] = source.split()
-
-
-def training_documents(seed: int):
-    "Training documents of the four domains without end, each domain at its share."
-    return (document for _, document in mix(training, share, seed))
-
-
-pieces = train_tokenizer(
-    islice(training_documents(0), 1500), 1024, cache_folder() / "ablations" / scale() / "tokenizer.model"
-)
+mixed = mixed_text()
 size = by_scale(
     smoke=dict(steps=4, batch_tokens=256, warmup_steps=1),
     laptop=dict(steps=480, batch_tokens=1024, warmup_steps=48),
@@ -2469,14 +2452,12 @@ def train_kind(inputs: dict) -> dict:
 
 
 domains = {
-    name: probe_rows(pieces, {name: documents}, share, rows=by_scale(smoke=8, laptop=256, a100=512))
-    for name, documents in held_out.items()
+    name: probe_rows(mixed.tokenizer, {name: documents}, mixed.shares, by_scale(smoke=8, laptop=256, a100=512))
+    for name, documents in mixed.held_out.items()
 }
 probe, domain_of = np.concatenate([*domains.values()]), np.repeat([*domains], [*map(len, domains.values())])
 recipe = family_recipe(base, **size)
-streams = {
-    seed: token_stream(pieces, training_documents(seed), recipe.tokens + 1) for seed in seeds((0, 1, 2, 3, 4))
-}
+streams = {seed: mixed.stream(seed, recipe.tokens + 1) for seed in seeds((0, 1, 2, 3, 4))}
 losses = {
     name: np.stack([
         cached(
@@ -2501,12 +2482,6 @@ for name in ("GQA", "MQA"):
     gap = paired_interval(losses[f"{name}, not widened"], losses[name])
     print(f"{name}, not widened - {name}  {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]")
 
-
-def by_seed(scores: np.ndarray) -> dict[int, float]:
-    "Mean over the rest for each seed, for the ledger. [seeds, …]"
-    return dict(zip(streams, scores.reshape(len(streams), -1).mean(1).tolist(), strict=True))
-
-
 for claim, more, less, criterion in (
     ("held-out loss of GQA minus MHA (nats per token)", "GQA", "MHA", "< 0.02"),
     ("held-out loss of MQA minus GQA (nats per token)", "MQA", "GQA", "> 0"),
@@ -2519,7 +2494,7 @@ for claim, more, less, criterion in (
         {kind: round(mean, 2) for kind, mean in means.items()},
         gap.value,
         interval=gap[1:],
-        seeds=by_seed(losses[more] - losses[less]),
+        seeds=by_seed(streams, losses[more] - losses[less]),
         evidence="chapters/01_architecture.py::train_kind",
     )
     print(f"{claim} {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}], {criterion}: {row['status']}")
@@ -2549,7 +2524,7 @@ for name, gap in differences.items():
         x, gap.value, [[gap.value - gap.low], [gap.high - gap.value]],
         fmt="o", color=color, mfc=color if widened else "white", capsize=3,
     )  # fmt: skip
-    ax.plot(np.full(len(streams), x * 1.015), list(by_seed(losses[name] - losses["MHA"]).values()), "_", color=color)
+    ax.plot(np.full(len(streams), x * 1.015), (losses[name] - losses["MHA"]).mean(1), "_", color=color)
     label, away, side = (plain, -8, "right") if widened else ("not widened", 10, "left")
     ax.annotate(label, (x, gap.value), (away, 4), textcoords="offset points", ha=side, color=color)
 ax.set_xscale("log", base=2)
@@ -2748,14 +2723,14 @@ run_size = by_scale(
     laptop=dict(steps=1200, batch_tokens=1024, warmup_steps=120),
     a100=dict(steps=7680, batch_tokens=4096, warmup_steps=400),
 )
-vocabulary = pieces.vocab_size
+vocabulary = mixed.tokenizer.vocab_size
 reader = replace(family_member(64, n_layers=2), vocab_size=vocabulary + FACT_TOKENS, max_seq_len=2 * context)
 recipes_by_context = {
     length: replace(family_recipe(reader, **run_size), lr=3e-3, max_seq_len=length) for length in (context, 2 * context)
 }
 of_rows = by_scale(smoke=8, laptop=256, a100=512)
-short_rows = probe_rows(pieces, held_out, share, rows=of_rows, length=context)
-long_rows = probe_rows(pieces, held_out, share, rows=of_rows, length=2 * context)
+held_out = mixed.tokenizer, mixed.held_out, mixed.shares
+short_rows, long_rows = (probe_rows(*held_out, of_rows, length) for length in (context, 2 * context))
 random = np.random.default_rng(0)
 documents = np.stack([with_facts(row[:-1].astype(np.int64), 2, vocabulary, random) for row in long_rows])
 asked = questions(documents, vocabulary)
@@ -2768,8 +2743,8 @@ def contexts(steps: int, facts: float = 0.5) -> list[dict]:
     found = {context: [], 2 * context: []}
     for seed in streams:
         tokens = steps * run_size["batch_tokens"]
-        text = token_stream(pieces, training_documents(seed), tokens + 1)
-        stream = fact_stream(text, 2 * context, vocabulary, np.random.default_rng(seed), facts)
+        text, random = mixed.stream(seed, tokens + 1), np.random.default_rng(seed)
+        stream = fact_stream(text, 2 * context, vocabulary, random, facts)
         for length, recipe in recipes_by_context.items():
             recipe = replace(recipe, tokens=tokens)
             inputs = dict(model=reader, stream=stream, recipe=recipe, seed=seed, device=device, window=context)
@@ -2801,7 +2776,7 @@ for item, claim, criterion, printed, more, less in (
 ):  # fmt: skip
     gap = paired_interval(more, less)
     row = ledger.record(
-        item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=by_seed(more - less),
+        item, claim, criterion, printed, gap.value, interval=gap[1:], seeds=by_seed(streams, more - less),
         evidence="chapters/01_architecture.py::train_context",
     )  # fmt: skip
     print(f"{claim} {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}], {criterion}: {row['status']}")

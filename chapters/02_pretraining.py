@@ -3499,12 +3499,40 @@ for size in ("7B", "70B"):
 
 # %%
 #| export scaling
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
-from llama2lib.corpus import token_stream
-from llama2lib.tokenizer import Tokenizer
+from llama2lib.corpus import mix, packaged_sources, shares, token_stream
+from llama2lib.recipes import cache_folder
+from llama2lib.tokenizer import Tokenizer, train_tokenizer
+
+
+class MixedText(NamedTuple):
+    "What the small experiments of chapters 01 and 02 read: the packaged domains, split, and a tokenizer for them."
+
+    tokenizer: Tokenizer
+    training: dict[str, list[str]]  # documents of each domain
+    held_out: dict[str, list[str]]
+    shares: dict[str, float]  # of the domains in the mix
+
+    def stream(self, seed: int, tokens: int) -> np.ndarray:
+        "Ids of training documents in the seed's order, each domain at its share; goes round where one ends. [tokens]"
+        documents = (document for _, document in mix(self.training, self.shares, seed))
+        return token_stream(self.tokenizer, documents, tokens)
+
+
+def mixed_text() -> MixedText:
+    "The packaged domains and, trained on 1,500 documents of their mix, a tokenizer of 1,024 pieces in the cache."
+    sources, training, held_out = packaged_sources(), {}, {}
+    for name, source in sources.items():
+        training[name], held_out[name] = source.split()
+    documents = (document for _, document in mix(training, shares(sources), seed=0))
+    file = cache_folder() / "scaling" / "tokenizer.model"
+    tokenizer = train_tokenizer(islice(documents, 1500), 1024, file)
+    return MixedText(tokenizer, training, held_out, shares(sources))
 
 
 def probe_rows(
@@ -3528,16 +3556,19 @@ def probe_rows(
     return np.concatenate(parts)
 
 
+def by_seed(seeds: Iterable[int], scores: np.ndarray) -> dict[int, float]:
+    "The mean of the scores of each seed, as the ledger wants it. [seeds, …]"
+    return dict(zip(seeds, scores.reshape(len(scores), -1).mean(1).tolist(), strict=True))
+
+
 # %%
 from dataclasses import replace
 
 from tqdm import tqdm
 
-from llama2lib.corpus import token_stream
 from llama2lib.pretrain import held_out_loss
-from llama2lib.recipes import by_scale, cache_folder, cached, scale, seeds
-from llama2lib.scaling import probe_rows
-from llama2lib.tokenizer import train_tokenizer
+from llama2lib.recipes import by_scale, cached, scale, seeds
+from llama2lib.scaling import by_seed, mixed_text, probe_rows
 
 family = by_scale(smoke=dict(list(FAMILY.items())[:2]), laptop=FAMILY, a100=FAMILY)
 steps = by_scale(smoke=6, laptop=960, a100=7680)  # a100: the packaged text once
@@ -3546,22 +3577,10 @@ size_of_run = by_scale(
     laptop={"batch_tokens": 1024, "warmup_steps": 96},
     a100={"batch_tokens": 1024, "warmup_steps": 96},
 )
-training, held_out = {}, {}
-for name, source in sources.items():
-    training[name], held_out[name] = source.split()
-
-
-def training_documents(seed: int):
-    "Training documents of the four domains without end, each domain at its share."
-    return (document for _, document in mix(training, shares(sources), seed))
-
-
-pieces = train_tokenizer(
-    islice(training_documents(0), 1500), 1024, cache_folder() / "figure-5" / scale() / "tokenizer.model"
-)
-probe = probe_rows(pieces, held_out, shares(sources), rows=by_scale(smoke=8, laptop=128, a100=512))
+mixed = mixed_text()
+probe = probe_rows(mixed.tokenizer, mixed.held_out, mixed.shares, by_scale(smoke=8, laptop=128, a100=512))
 tokens = steps * size_of_run["batch_tokens"]
-streams = {seed: token_stream(pieces, training_documents(seed), tokens + 1) for seed in seeds((0, 1, 2, 3, 4))}
+streams = {seed: mixed.stream(seed, tokens + 1) for seed in seeds((0, 1, 2, 3, 4))}
 print(f"{len(probe)} held-out rows; {tokens:,} training tokens in {steps} steps")
 
 # %% [markdown]
@@ -3625,7 +3644,7 @@ def train(size: str, seed: int, stream: np.ndarray, recipe: PretrainConfig) -> d
 
 # %%
 other_seed = 100
-other_stream = token_stream(pieces, training_documents(other_seed), tokens + 1)
+other_stream = mixed.stream(other_seed, tokens + 1)
 factors = (0.5, 1, 2)
 rate_check = {}
 for size, member in family.items():
@@ -3662,15 +3681,10 @@ def at_end(size: str, schedule: str) -> np.ndarray:
     return np.stack([runs[size, seed][schedule]["held_out"][-1] for seed in streams])
 
 
-def by_seed(scores: np.ndarray) -> dict[int, float]:
-    "Mean over rows for each seed, for the ledger. [seeds, rows]"
-    return dict(zip(streams, scores.mean(1).tolist(), strict=True))
-
-
 names, paper_end = list(family), paper.PAPER["Figure 5"]["nats per token, end"]
 for size in names:
     print(f"{size:>5}: {at_end(size, 'cosine').mean():.3f} nats per token at the end;", *(
-        f"seed {seed}: {loss:.3f}" for seed, loss in by_seed(at_end(size, "cosine")).items()
+        f"seed {seed}: {loss:.3f}" for seed, loss in by_seed(streams, at_end(size, "cosine")).items()
     ))  # fmt: skip
 for small, large in pairwise(names):
     gap = paired_interval(at_end(small, "cosine"), at_end(large, "cosine"))
@@ -3681,7 +3695,7 @@ for small, large in pairwise(names):
         [paper_end[size] for size in SIZES],
         gap.value,
         interval=gap[1:],
-        seeds=by_seed(at_end(small, "cosine") - at_end(large, "cosine")),
+        seeds=by_seed(streams, at_end(small, "cosine") - at_end(large, "cosine")),
         evidence="chapters/02_pretraining.py::at_end",
     )
     print(f"{small:>5} - {large:<5} {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]: {row['status']}")
@@ -3748,7 +3762,7 @@ for claim, what, criterion in (
         "no sign of saturation",
         of[weakest].value,
         interval=of[weakest][1:],
-        seeds=by_seed(measured[weakest][what]),
+        seeds=by_seed(streams, measured[weakest][what]),
         evidence="chapters/02_pretraining.py::effects",
     )
     print(f"{claim}: {row['status']}, by {weakest}")
@@ -3813,7 +3827,6 @@ plots.save(fig, "figure_05.png")
 # %%
 #| export scaling
 from itertools import product
-from typing import NamedTuple
 
 from scipy.optimize import least_squares
 from scipy.special import logsumexp, softmax

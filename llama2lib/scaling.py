@@ -5,7 +5,10 @@ __all__ = [
     "FAMILY",
     "non_embedding",
     "family_recipe",
+    "MixedText",
+    "mixed_text",
     "probe_rows",
+    "by_seed",
     "late_slopes",
     "ScalingLaw",
     "HOFFMANN",
@@ -50,12 +53,40 @@ def family_recipe(config: ModelConfig, steps: int, batch_tokens: int = 1024, war
 
 # ---------- chapters/02_pretraining.py · One stream for all sizes
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
-from llama2lib.corpus import token_stream
-from llama2lib.tokenizer import Tokenizer
+from llama2lib.corpus import mix, packaged_sources, shares, token_stream
+from llama2lib.recipes import cache_folder
+from llama2lib.tokenizer import Tokenizer, train_tokenizer
+
+
+class MixedText(NamedTuple):
+    "What the small experiments of chapters 01 and 02 read: the packaged domains, split, and a tokenizer for them."
+
+    tokenizer: Tokenizer
+    training: dict[str, list[str]]  # documents of each domain
+    held_out: dict[str, list[str]]
+    shares: dict[str, float]  # of the domains in the mix
+
+    def stream(self, seed: int, tokens: int) -> np.ndarray:
+        "Ids of training documents in the seed's order, each domain at its share; goes round where one ends. [tokens]"
+        documents = (document for _, document in mix(self.training, self.shares, seed))
+        return token_stream(self.tokenizer, documents, tokens)
+
+
+def mixed_text() -> MixedText:
+    "The packaged domains and, trained on 1,500 documents of their mix, a tokenizer of 1,024 pieces in the cache."
+    sources, training, held_out = packaged_sources(), {}, {}
+    for name, source in sources.items():
+        training[name], held_out[name] = source.split()
+    documents = (document for _, document in mix(training, shares(sources), seed=0))
+    file = cache_folder() / "scaling" / "tokenizer.model"
+    tokenizer = train_tokenizer(islice(documents, 1500), 1024, file)
+    return MixedText(tokenizer, training, held_out, shares(sources))
 
 
 def probe_rows(
@@ -79,6 +110,11 @@ def probe_rows(
     return np.concatenate(parts)
 
 
+def by_seed(seeds: Iterable[int], scores: np.ndarray) -> dict[int, float]:
+    "The mean of the scores of each seed, as the ledger wants it. [seeds, …]"
+    return dict(zip(seeds, scores.reshape(len(scores), -1).mean(1).tolist(), strict=True))
+
+
 # ---------- chapters/02_pretraining.py · A sign of saturation?
 
 def late_slopes(tokens: np.ndarray, losses: np.ndarray, last: float = 0.2) -> np.ndarray:
@@ -96,7 +132,6 @@ def late_slopes(tokens: np.ndarray, losses: np.ndarray, last: float = 0.2) -> np
 # ---------- chapters/02_pretraining.py · A law?
 
 from itertools import product
-from typing import NamedTuple
 
 from scipy.optimize import least_squares
 from scipy.special import logsumexp, softmax

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama2lib.corpus import packaged_sources, shares
+from llama2lib.corpus import mix, packaged_sources, shares, token_stream
 from llama2lib.model import Llama
 from llama2lib.pretrain import pretrain
 from llama2lib.scaling import (
@@ -16,9 +16,11 @@ from llama2lib.scaling import (
     STARTS,
     ScalingLaw,
     bootstrap_laws,
+    by_seed,
     family_recipe,
     fit_scaling_law,
     late_slopes,
+    mixed_text,
     non_embedding,
     probe_rows,
 )
@@ -104,6 +106,27 @@ def test_held_out_rows_come_from_every_domain_at_its_share_and_never_twice(piece
     text = [pieces.decode(row[1:-1].tolist()) for row in dialogs]
     places = [next((i for i, d in enumerate(held_out["conversations"]) if part[10:60] in d), None) for part in text]
     assert len({p for p in places if p is not None}) > 15  # spread over the documents
+
+
+def test_the_experiments_read_the_split_text_at_its_shares_in_the_seeds_order():
+    "By the functions of `corpus` one after the other; held-out documents are none of the training's."
+    mixed, sources = mixed_text(), packaged_sources()
+    assert mixed.tokenizer.vocab_size == 1024 and mixed.shares == shares(sources)
+    for name, source in sources.items():
+        assert (mixed.training[name], mixed.held_out[name]) == source.split()
+        assert not set(mixed.training[name]) & set(mixed.held_out[name])
+    documents = (document for _, document in mix(mixed.training, mixed.shares, seed=3))
+    assert np.array_equal(mixed.stream(3, 5000), token_stream(mixed.tokenizer, documents, 5000))
+    assert len(mixed.stream(3, 5000)) == 5000 and not np.array_equal(mixed.stream(4, 5000), mixed.stream(3, 5000))
+    assert mixed_text().tokenizer.digest == mixed.tokenizer.digest
+
+
+def test_scores_by_seed_are_means_over_all_the_rest():
+    scores = np.arange(24.0).reshape(2, 3, 4)
+    assert by_seed([7, 3], scores) == {7: 5.5, 3: 17.5}
+    assert by_seed({7: "stream", 3: "stream"}, scores[:, 0]) == {7: 1.5, 3: 13.5}
+    with pytest.raises(ValueError):
+        by_seed([7], scores)
 
 
 # ---------- slopes
