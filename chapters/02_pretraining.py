@@ -1436,6 +1436,12 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float):
+    "Let all parameters move at this learning rate from now on."
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 # %%
 from llama2lib.optim import adamw, cosine_lr
 
@@ -1468,6 +1474,7 @@ plots.save(fig, "02_learning_rate.png")
 #| export pretrain
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -1484,6 +1491,7 @@ from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint, wh
 from llama2lib.distributed import (
     Parallel,
     StateFolder,
+    check_row,
     data_ranks,
     init_weights,
     make_mesh,
@@ -1494,7 +1502,7 @@ from llama2lib.distributed import (
 from llama2lib.formats import without_memory
 from llama2lib.launch import one_line_errors
 from llama2lib.model import LLAMA2, Llama
-from llama2lib.optim import adamw, cosine_lr
+from llama2lib.optim import adamw, cosine_lr, set_lr
 from llama2lib.recipes import write_atomic
 from llama2lib.shards import Packed, Shards
 from llama2lib.tokenizer import Tokenizer
@@ -1537,8 +1545,7 @@ class PretrainConfig:
         for name in ("micro_batch", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
-            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
+        check_row(self.max_seq_len, self.parallel.tp)
 
     @property
     def batch_rows(self) -> int:
@@ -1686,6 +1693,15 @@ def train_step(
     return loss, norm
 
 
+@contextmanager
+def naming_batch(step: int, where: str):
+    "Let a FloatingPointError from inside say at which step it was, and `where` in the data the step's batch lies."
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}; {where}") from None
+
+
 # %% [markdown]
 # ## The loop
 #
@@ -1733,17 +1749,13 @@ def pretrain(
     optimizer.zero_grad(set_to_none=True)
     for step in range(start, config.steps):
         lr = cosine_lr(step, config.lr, config.warmup_steps, config.steps, config.final_lr)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
+        set_lr(optimizer, lr)
         batch = packed.rows(step * rows + low, high - low).to(device)
-        try:
+        with naming_batch(step, f"rows {step * rows} to {(step + 1) * rows - 1} of the data"):
             parts = list(micro_batches(batch, passes))
             loss, norm = train_step(
                 model, optimizer, parts, targets, config.grad_clip, config.parallel.reduce, loss_of
             )
-        except FloatingPointError as error:
-            where = f"rows {step * rows} to {(step + 1) * rows - 1} of the data"
-            raise FloatingPointError(f"step {step}: {error}; {where}") from None
         yield Step(step, loss, lr, norm, (step + 1) * targets)
 
 
@@ -1900,6 +1912,12 @@ def make_mesh(parallel: Parallel, device_type: str) -> DeviceMesh | None:
 
 # %%
 #| export distributed
+def check_row(max_seq_len: int, tp: int):
+    "ValueError, with the numbers, when `tp` ranks cannot share out the tokens of a row."
+    if tp < 1 or max_seq_len % tp:
+        raise ValueError(f"max_seq_len {max_seq_len}: expected a multiple of tp {tp}")
+
+
 def check_tp(config: ModelConfig, tp: int):
     "ValueError, with the numbers, when a model does not divide into `tp` equal parts."
     for name in ("n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len"):

@@ -558,12 +558,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from llama2lib.checkpoint import load_checkpoint, whole
 from llama2lib.dialog import Message, encode_dialog
-from llama2lib.distributed import Parallel, data_ranks, processes
+from llama2lib.distributed import Parallel, check_row, data_ranks, processes
 from llama2lib.judge import RATINGS
 from llama2lib.model import Llama, ModelConfig, rope_table
-from llama2lib.optim import adamw, cosine_lr
+from llama2lib.optim import adamw, cosine_lr, set_lr
 from llama2lib.preferences import Preference, read_preferences
-from llama2lib.pretrain import command, train, train_step
+from llama2lib.pretrain import command, naming_batch, train, train_step
 from llama2lib.shards import shuffled
 from llama2lib.tokenizer import Tokenizer
 
@@ -829,8 +829,7 @@ class RewardConfig:
             raise ValueError(f"margin {self.margin!r}: expected one of {', '.join(MARGINS)}")
         if min(self.auxiliary, self.center) < 0:
             raise ValueError(f"auxiliary {self.auxiliary}, center {self.center}: expected at least 0")
-        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
-            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
+        check_row(self.max_seq_len, self.parallel.tp)
 
     def steps(self, pairs: int) -> int:
         "Optimiser steps of a run on so many pairs."
@@ -900,20 +899,17 @@ def train_reward(
         if step < start:
             continue
         lr = cosine_lr(step, config.lr, max(config.min_warmup, round(config.warmup * steps)), steps, config.final_lr)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
+        set_lr(optimizer, lr)
         mine = sorted((pairs[i] for i in these), key=lambda pair: pair.size)[rank::ranks]
         passes = math.ceil(math.ceil(len(these) / ranks) / config.micro_batch)
         parts = ((x.to(device) for x in part) for part in micro_batches(mine, passes, config.parallel.tp))
         hits.zero_()
-        try:
+        where = f"pairs {', '.join(map(str, these[:8]))}{' …' if len(these) > 8 else ''} of {len(pairs)}"
+        with naming_batch(step, where):
             loss, norm = train_step(
                 model, optimizer, [tuple(part) for part in parts], len(these), config.grad_clip,
                 config.parallel.reduce, loss_of,
             )  # fmt: skip
-        except FloatingPointError as error:
-            where = f"pairs {', '.join(map(str, these[:8]))}{' …' if len(these) > 8 else ''} of {len(pairs)}"
-            raise FloatingPointError(f"step {step}: {error}; {where}") from None
         if ranks > 1:
             dist.all_reduce(hits, group=group)
         yield RewardStep(step, loss, lr, norm, tokens, hits.item() / len(these))

@@ -5,6 +5,7 @@ __all__ = [
     "compute_dtype",
     "Parallel",
     "make_mesh",
+    "check_row",
     "check_tp",
     "tensor_parallel",
     "KEPT",
@@ -119,6 +120,12 @@ def make_mesh(parallel: Parallel, device_type: str) -> DeviceMesh | None:
 
 
 # ---------- chapters/02_pretraining.py · Tensor parallelism
+
+def check_row(max_seq_len: int, tp: int):
+    "ValueError, with the numbers, when `tp` ranks cannot share out the tokens of a row."
+    if tp < 1 or max_seq_len % tp:
+        raise ValueError(f"max_seq_len {max_seq_len}: expected a multiple of tp {tp}")
+
 
 def check_tp(config: ModelConfig, tp: int):
     "ValueError, with the numbers, when a model does not divide into `tp` equal parts."

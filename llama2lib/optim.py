@@ -3,6 +3,7 @@
 __all__ = [
     "cosine_lr",
     "adamw",
+    "set_lr",
 ]
 
 
@@ -39,3 +40,9 @@ def adamw(
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float):
+    "Let all parameters move at this learning rate from now on."
+    for group in optimizer.param_groups:
+        group["lr"] = lr

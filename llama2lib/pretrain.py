@@ -7,6 +7,7 @@ __all__ = [
     "next_token_loss",
     "micro_batches",
     "train_step",
+    "naming_batch",
     "Step",
     "pretrain",
     "held_out_loss",
@@ -31,6 +32,7 @@ __all__ = [
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +49,7 @@ from llama2lib.checkpoint import copy_weights, read_tensors, save_checkpoint, wh
 from llama2lib.distributed import (
     Parallel,
     StateFolder,
+    check_row,
     data_ranks,
     init_weights,
     make_mesh,
@@ -57,7 +60,7 @@ from llama2lib.distributed import (
 from llama2lib.formats import without_memory
 from llama2lib.launch import one_line_errors
 from llama2lib.model import LLAMA2, Llama
-from llama2lib.optim import adamw, cosine_lr
+from llama2lib.optim import adamw, cosine_lr, set_lr
 from llama2lib.recipes import write_atomic
 from llama2lib.shards import Packed, Shards
 from llama2lib.tokenizer import Tokenizer
@@ -100,8 +103,7 @@ class PretrainConfig:
         for name in ("micro_batch", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
-            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
+        check_row(self.max_seq_len, self.parallel.tp)
 
     @property
     def batch_rows(self) -> int:
@@ -186,6 +188,15 @@ def train_step(
     return loss, norm
 
 
+@contextmanager
+def naming_batch(step: int, where: str):
+    "Let a FloatingPointError from inside say at which step it was, and `where` in the data the step's batch lies."
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}; {where}") from None
+
+
 # ---------- chapters/02_pretraining.py · The loop
 
 class Step(NamedTuple):
@@ -225,17 +236,13 @@ def pretrain(
     optimizer.zero_grad(set_to_none=True)
     for step in range(start, config.steps):
         lr = cosine_lr(step, config.lr, config.warmup_steps, config.steps, config.final_lr)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
+        set_lr(optimizer, lr)
         batch = packed.rows(step * rows + low, high - low).to(device)
-        try:
+        with naming_batch(step, f"rows {step * rows} to {(step + 1) * rows - 1} of the data"):
             parts = list(micro_batches(batch, passes))
             loss, norm = train_step(
                 model, optimizer, parts, targets, config.grad_clip, config.parallel.reduce, loss_of
             )
-        except FloatingPointError as error:
-            where = f"rows {step * rows} to {(step + 1) * rows - 1} of the data"
-            raise FloatingPointError(f"step {step}: {error}; {where}") from None
         yield Step(step, loss, lr, norm, (step + 1) * targets)
 
 

@@ -37,10 +37,10 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from llama2lib.dialog import encode_dialog, read_dialogs
-from llama2lib.distributed import Parallel, data_ranks, processes
+from llama2lib.distributed import Parallel, check_row, data_ranks, processes
 from llama2lib.model import Llama
-from llama2lib.optim import adamw, cosine_lr
-from llama2lib.pretrain import IGNORE, Step, command, next_token_loss, train, train_step
+from llama2lib.optim import adamw, cosine_lr, set_lr
+from llama2lib.pretrain import IGNORE, Step, command, naming_batch, next_token_loss, train, train_step
 from llama2lib.shards import shuffled
 from llama2lib.tokenizer import Tokenizer
 
@@ -184,8 +184,7 @@ class SFTConfig:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup {self.warmup}: expected a share of the steps, from 0 to below 1")
-        if self.parallel.tp < 1 or self.max_seq_len % self.parallel.tp:
-            raise ValueError(f"max_seq_len {self.max_seq_len}: expected a multiple of tp {self.parallel.tp}")
+        check_row(self.max_seq_len, self.parallel.tp)
 
 
 SFT = {
@@ -279,19 +278,15 @@ def sft(
     optimizer.zero_grad(set_to_none=True)
     for step in range(start, steps):
         lr = cosine_lr(step, config.lr, round(config.warmup * steps), steps, config.final_lr)
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = lr
+        set_lr(optimizer, lr)
         rows = batches.rows(step)
         targets = int((rows.targets != IGNORE).sum())  # on all ranks
         parts = rank_parts(rows, share, rank, config.micro_batch, device)
         end = batches.rows_before(step + 1)
-        try:
+        with naming_batch(step, f"rows {end - len(rows.tokens)} to {end - 1}, of {batches.rows_per_epoch} in an epoch"):
             loss, norm = train_step(
                 model, optimizer, parts, max(1, targets), config.grad_clip, config.parallel.reduce, loss_of
             )
-        except FloatingPointError as error:
-            where = f"rows {end - len(rows.tokens)} to {end - 1}, of {batches.rows_per_epoch} in an epoch"
-            raise FloatingPointError(f"step {step}: {error}; {where}") from None
         yield Step(step, loss, lr, norm, end * config.max_seq_len)
 
 
