@@ -10,6 +10,8 @@ export LLAMA2_DATA := $(abspath ../shared/data)
 endif
 endif
 
+SIDE_BY_SIDE = --numprocesses auto --maxprocesses 8 --dist loadfile  # a file to a core; a notebook's cells stay in order
+
 .DEFAULT_GOAL := help
 .PHONY: help env tour test test-gpu faults export notebooks chapters stale ledger bench lab clean
 
@@ -32,8 +34,8 @@ test: env  ## freshness, lint, tests, and every notebook at the smoke scale
 	$(PY) chapters/export.py --check
 	$(PY) chapters/notebooks.py check
 	$(PY) -m ruff check --no-cache chapters llama2lib tests
-	LLAMA2_SCALE=smoke $(PY) -m pytest tests
-	LLAMA2_SCALE=smoke $(PY) -m pytest --nbval-lax --nbval-current-env chapters
+	LLAMA2_SCALE=smoke OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) tests
+	LLAMA2_SCALE=smoke OMP_NUM_THREADS=1 $(PY) -m pytest $(SIDE_BY_SIDE) --nbval-lax --nbval-current-env chapters
 
 test-gpu: env  ## tests that need CUDA; they skip without
 	$(PY) -m pytest tests/gpu

@@ -19,6 +19,7 @@ __all__ = [
 # ---------- chapters/05_rlhf.py · Rejection sampling
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from llama2lib.chat import respond
 from llama2lib.checkpoint import load_checkpoint
 from llama2lib.corpus import records
-from llama2lib.dialog import Message
+from llama2lib.dialog import Message, check_dialog
 from llama2lib.distributed import compute_dtype, processes
 from llama2lib.model import Llama
 from llama2lib.pretrain import command
@@ -151,14 +152,27 @@ REJECTION = {"paper": RejectionConfig(), "mini": RejectionConfig(samples=8, max_
 
 
 def read_best(path: str | os.PathLike) -> list[Best]:
-    "The rows of a best.jsonl. ValueError with file and line for one that is none."
+    """The rows of a best.jsonl, maybe none.
+
+    ValueError with file, line and field for one that is no conversation with an answer at its end, a tag and a reward.
+    """
     rows = []
     for number, row in records(path):
         try:
+            if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+                raise ValueError("expected an object with a list in the field 'messages'")
+            check_dialog(row["messages"])
             *messages, last = row["messages"]
-            rows.append(Best(Prompt(messages, row["is_safety"]), last["content"], row["reward"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}:{number}: not a line of best.jsonl ({type(error).__name__}: {error})") from None
+            if last["role"] != "assistant":
+                raise ValueError(f"messages: the {last['role']}'s comes last; expected the assistant's")
+            tag, reward = row.get("is_safety"), row.get("reward")
+            if not isinstance(tag, bool):
+                raise ValueError(f"is_safety: found {tag!r:.60}; expected true or false")
+            if type(reward) not in (int, float) or not math.isfinite(reward):
+                raise ValueError(f"reward: found {reward!r:.60}; expected a finite number")
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of best.jsonl ({error})") from None
+        rows.append(Best(Prompt(messages, tag), last["content"], reward))
     return rows
 
 
@@ -192,6 +206,7 @@ def chosen_temperature(config: RejectionConfig, prompts: Sequence[Prompt], sampl
 def run(config: RejectionConfig) -> Path:
     """Sample, score and choose as `config` says; returns the path of best.jsonl.
 
+    Each rank holds the policy and the reward models whole: they must fit on one GPU, which 70B in bfloat16 does not.
     ValueError with file and line for prompts that are none, for a folder with chunks of another configuration, and
     when no prompt got an answer that ended.
     """

@@ -20,8 +20,11 @@ __all__ = [
     "train_reward",
     "passes",
     "divide_again",
+    "check_answered",
+    "check_fits",
     "score",
     "score_pairs",
+    "right",
     "accuracy",
     "read_pairs",
     "run",
@@ -296,14 +299,14 @@ def train_reward(
     optimizer = optimizer or adamw(model, config.lr, config.betas, config.eps, config.weight_decay)
     rank, ranks, group = data_ranks(model)
     sizes = np.array([pair.size for pair in pairs])
-    right = torch.zeros((), device=device)
+    hits = torch.zeros((), device=device)
     if config.parallel.compile and group is None:
         model.compile(dynamic=True)
 
     def loss_of(model, tokens, last, forks, margins, safe, weights):
         scores = model(tokens, last, forks)
         chosen, rejected = scores.unbind(1)
-        right.add_(((chosen > rejected) * weights).sum().detach())
+        hits.add_(((chosen > rejected) * weights).sum().detach())
         losses = pair_losses(chosen, rejected, margins)
         if config.auxiliary:
             losses = losses + config.auxiliary * safety_losses(scores, safe).mean(1)
@@ -327,7 +330,7 @@ def train_reward(
         mine = sorted((pairs[i] for i in these), key=lambda pair: pair.size)[rank::ranks]
         passes = math.ceil(math.ceil(len(these) / ranks) / config.micro_batch)
         parts = ((x.to(device) for x in part) for part in micro_batches(mine, passes, config.parallel.tp))
-        right.zero_()
+        hits.zero_()
         where = f"pairs {', '.join(map(str, these[:8]))}{' …' if len(these) > 8 else ''} of {len(pairs)}"
         with naming_batch(step, where):
             loss, norm = train_step(
@@ -335,8 +338,8 @@ def train_reward(
                 config.parallel.reduce, loss_of,
             )  # fmt: skip
         if ranks > 1:
-            dist.all_reduce(right, group=group)
-        yield RewardStep(step, loss, lr, norm, tokens, right.item() / len(these))
+            dist.all_reduce(hits, group=group)
+        yield RewardStep(step, loss, lr, norm, tokens, hits.item() / len(these))
 
 def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"]]:
     "Numbers of rows, those of similar length together, at most `most` in a pass; as many passes for as many rows."
@@ -344,24 +347,45 @@ def passes(lengths: Int[np.ndarray, "B"], most: int) -> list[Int[np.ndarray, "N"
 
 
 def divide_again(model: Llama):
-    "Let FSDP take apart what it leaves whole after a pass without a backward pass: embedding, last norm, output."
+    """Let FSDP take apart what it leaves whole after a pass without a backward pass: embedding, last norm, output.
+
+    Else the next pass would use these as they are, whatever an optimiser has done to its parts of them.
+    """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-@torch.no_grad()
-def score(
-    model: RewardModel, tokenizer: Tokenizer, dialogs: Sequence[Sequence[Message]], batch: int = 128
-) -> Float[np.ndarray, "N"]:
-    """Scores of conversations that end with an answer: raw logits; a higher one is a better answer.
-
-    batch: conversations of a forward pass, at most. All ranks of a divided model bring as many. One that is longer than
-    the context is read up to there. ValueError for a conversation without an answer at its end.
-    """
+def check_answered(dialogs: Sequence[Sequence[Message]]):
+    "ValueError, naming the conversation by its number from 0, for one without an answer at its end."
     for number, messages in enumerate(dialogs):
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"dialog {number} ends with the {messages[-1]['role']}: expected an answer to score")
-    rows = [encode_dialog(tokenizer, messages)[0][: model.config.max_seq_len] for messages in dialogs]
+
+
+def check_fits(number: int, messages: Sequence[Message], size: int, context: int):
+    "ValueError, naming the conversation, for one of more tokens than a reward model's context."
+    if size > context:
+        begin = f"{messages[0]['content']!r:.60}"
+        raise ValueError(f"dialog {number}, {begin}: {size} tokens with the answer, more than the context's {context}")
+
+
+@torch.no_grad()
+def score(
+    model: RewardModel, tokenizer: Tokenizer, dialogs: Sequence[Sequence[Message]], batch: int = 128, cut: bool = False
+) -> Float[np.ndarray, "N"]:
+    """Scores of conversations that end with an answer: raw logits; a higher one is a better answer.
+
+    batch: conversations of a forward pass, at most. All ranks of a divided model bring as many. ValueError, naming the
+    conversation, for one without an answer at its end, and for one that is longer than the context; with `cut`, that
+    one is read up to there.
+    """
+    check_answered(dialogs)
+    context = model.config.max_seq_len
+    rows = [encode_dialog(tokenizer, messages)[0] for messages in dialogs]
+    for number, (messages, row) in enumerate(zip(dialogs, rows, strict=True)):
+        if not cut:
+            check_fits(number, messages, len(row), context)
+    rows = [row[:context] for row in rows]
     lengths, scores = np.array([len(row) for row in rows]), np.empty(len(rows), np.float32)
     device, training = model.tok_embeddings.weight.device, model.training
     model.eval()
@@ -379,24 +403,36 @@ def score_pairs(
 ) -> Float[np.ndarray, "2 N"]:
     """Scores of the chosen and of the rejected answers of comparisons, `batch` of them in one forward pass.
 
-    ValueError for one that is longer than the model's context.
+    All ranks of a divided model bring as many. ValueError, naming the comparison by its number from 0, for one that is
+    longer than the model's context.
     """
-    pairs = [encode_pair(tokenizer, row, length=model.config.max_seq_len) for row in rows]
+    pairs = []
+    for number, row in enumerate(rows):
+        try:
+            pairs.append(encode_pair(tokenizer, row, length=model.config.max_seq_len))
+        except ValueError as error:
+            raise ValueError(f"comparison {number}: {error}") from None
     scores, training = np.empty((2, len(rows))), model.training
     model.eval()
     for these in passes(np.array([pair.size for pair in pairs]), batch):
         inputs = (part.to(model.tok_embeddings.weight.device) for part in pair_rows([pairs[i] for i in these]))
         scores[:, these] = model(*inputs).T.cpu().numpy()
+    divide_again(model)
     model.train(training)
     return scores
 
 
+def right(scores: Float[np.ndarray, "... 2 N"]) -> Float[np.ndarray, "... N"]:
+    "1 for a pair whose chosen answer, the first, has the higher score, 0.5 for equal scores, else 0."
+    chosen, rejected = scores[..., 0, :], scores[..., 1, :]
+    return (chosen > rejected) + 0.5 * (chosen == rejected)
+
+
 def accuracy(scores: Float[np.ndarray, "2 N"], rows: Sequence[Preference]) -> dict[str, float]:
     "Share of pairs whose chosen answer has the higher score; equal scores count half. By rating, and 'all'."
-    right = (scores[0] > scores[1]) + 0.5 * (scores[0] == scores[1])
-    rated = np.array([str(row["rating"]) for row in rows])
-    found = {rating: float(right[rated == rating].mean()) for rating in RATINGS if (rated == rating).any()}
-    return found | {"all": float(right.mean())}
+    hits, rated = right(scores), np.array([str(row["rating"]) for row in rows])
+    found = {rating: float(hits[rated == rating].mean()) for rating in RATINGS if (rated == rating).any()}
+    return found | {"all": float(hits.mean())}
 
 def read_pairs(path: Path, tokenizer: Tokenizer, config: RewardConfig) -> list[Pair]:
     "The comparisons of a JSONL file as pairs. ValueError with file, line and field, and for one that is too long."
@@ -439,18 +475,18 @@ def cli(prog: str = "python -m llama2lib.reward"):
 Scorer = Callable[[Sequence[Sequence[Message]]], Float[np.ndarray, "N"]]  # of conversations that end with an answer
 
 
-def load_scorer(path: str | os.PathLike, device: str | torch.device | None = None) -> Scorer:
+def load_scorer(path: str | os.PathLike, device: str | torch.device | None = None, cut: bool = False) -> Scorer:
     """The reward model in a folder, as a function: one of ours, or a Hugging Face sequence classifier with one output.
 
     Ours are the folders of Llama's architecture with a tokenizer.model; others read a conversation through their own
-    chat template, without one as question and answer. ValueError for a model with several outputs; ImportError without
-    `transformers` where it is needed.
+    chat template, without one as question and answer. Conversations and `cut`: as in `score`, and so are errors.
+    ValueError for a model with several outputs; ImportError without `transformers` where it is needed.
     """
     folder = Path(path).expanduser()
     fields = json.loads((folder / "config.json").read_text("utf-8"))
     if fields.get("model_type") == "llama" and (folder / "tokenizer.model").exists():
         model, tokenizer = load_checkpoint(folder, device, kind=RewardModel), Tokenizer(folder)
-        return lambda dialogs: score(model, tokenizer, dialogs)
+        return lambda dialogs: score(model, tokenizer, dialogs, cut=cut)
     try:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
     except ImportError:
@@ -459,17 +495,23 @@ def load_scorer(path: str | os.PathLike, device: str | torch.device | None = Non
     if network.config.num_labels != 1:
         raise ValueError(f"{folder} has {network.config.num_labels} outputs; a reward model has one")
     words = AutoTokenizer.from_pretrained(folder)
+    positions = getattr(network.config, "max_position_embeddings", None) or words.model_max_length
+    context = min(positions, words.model_max_length)
 
     @torch.no_grad()
     def scorer(dialogs):
+        check_answered(dialogs)
         scores = []
-        for messages in dialogs:
+        for number, messages in enumerate(dialogs):
             if words.chat_template:
                 texts = [words.apply_chat_template([dict(message) for message in messages], tokenize=False)]
             else:
                 texts = ["\n\n".join(message["content"] for message in messages[:-1]), messages[-1]["content"]]
             inputs = words(*texts, return_tensors="pt", add_special_tokens=not words.chat_template)
-            scores.append(network(**inputs.to(network.device)).logits.float().item())
+            if not cut:
+                check_fits(number, messages, inputs["input_ids"].shape[1], context)
+            inputs = {name: part[:, :context].to(network.device) for name, part in inputs.items()}
+            scores.append(network(**inputs).logits.float().item())
         return np.array(scores, np.float32)
 
     return scorer
