@@ -2660,7 +2660,7 @@ def unsure(batch: int) -> list[list[float]]:
 
 percent = list(paper.PAPER["Figure 25"]["negligibly"].values())
 verdict("unsure", "Figure 25", "share of 'negligibly better', the last batch minus the first", "> 0", unsure(-1),
-        unsure(0), (percent[-1] - percent[0]) / 100)  # fmt: skip
+        unsure(0), (percent[-1] - percent[0]) / 100, paired=False)  # fmt: skip
 
 # %% [markdown]
 # ### Diversity (Figure 21)
