@@ -64,8 +64,17 @@ def table() -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
+def contamination() -> str:
+    "Markdown: what the search for contamination takes, by the size of the corpus (two bytes a token)."
+    samples = json.loads((HERE / "contamination.json").read_text("utf-8"))["samples"]
+    rows = [["corpus (MB)", "sorted in (s)", f"{samples:,} samples looked for in (s)", "peak memory (GB)"], ["---"] * 4]
+    for row in stored("contamination")[1]:
+        rows.append([f"{row['MB']:,}", *(f"{row[name]:.1f}" for name in ("index", "match", "peak"))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
 if __name__ == "__main__":
-    text = table()
+    text = f"{table()}\n{contamination()}"
     print(text)
     machine = stored("results")[0]
     write_atomic(ROOT / "README.md", with_block(ROOT / "README.md", f"\n{machine}.\n\n{text}\n", "bench"))
