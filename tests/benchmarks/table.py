@@ -47,7 +47,7 @@ def lines() -> dict[tuple[str, str], dict[int | None, str]]:
             low, high = (1 / bound for bound in reversed(row[f"{how}_range"]))
             text = spread({"ratio": 1 / row[how], "low": low, "high": high})
             add(f"generation of two processes, {words}", "whole weights on both", row["width"], text)
-    for row in stored("evaluate")[1]:  # of the mini world's chat model, which is 128 wide
+    for row in stored("evaluate")[1]:  # of a model of the mini world's size, which is 128 wide
         add(row["requests"], "lm-eval's HFLM", 128, spread(row))
     for row in stored("data")[1]:
         beside = "copying an array" if "rows" in row["task"] else "SentencePiece"
