@@ -448,7 +448,7 @@ course = {"mean reward (logit)": rewards, "KL to the start (nats)": kl}
 for ax, (label, values) in zip(axes, course.items(), strict=True):
     ax.plot(range(1, len(values) + 1), values, "o-", markersize=3)
     ax.set(xlabel="iteration", ylabel=label)
-fig.suptitle("In so few iterations the distance from the start grows, and the reward little")
+fig.suptitle("In so few iterations the distance from the start grows, and the reward hardly changes")
 plots.save(fig, "00_ppo.png")
 _ = show("PPO", learner.eval())
 
@@ -604,7 +604,7 @@ for stage, model in stages.items():
     print(f"{stage:>18}: {share.value:.0%} [{share.low:.0%}, {share.high:.0%}] right of four choices")
 
 # %% [markdown]
-# What the later stages took from its knowledge, if anything, is less than the intervals.
+# Rejection sampling and PPO take no more of its knowledge than the intervals leave open; Ghost Attention takes some.
 #
 # The whole way in one picture: means with their 95 % intervals over the prompts of this one run, and the answers of
 # each stage to one prompt of either kind.
