@@ -102,10 +102,10 @@ GPUS = {"7B": 8, "13B": 8, "34B": 32, "70B": 64}
 LEAN = {"7B": ("selective", 2), "13B": ("selective", 2), "34B": ("full", 1), "70B": ("full", 1)}  # ac, rows a pass
 
 
-def step_of(size: str, rows: int, seq_len: int = 4096, compiled: bool = False) -> dict:
-    "The plan of a training step after pretraining: FSDP over GPUS of a size, gradients reduced in every pass."
+def step_of(size: str, gpus: int, rows: int, seq_len: int = 4096, compiled: bool = False) -> dict:
+    "The plan of a training step after pretraining: FSDP alone, gradients reduced in every pass."
     ac, micro_batch = LEAN[size]
-    return planned(size, GPUS[size], tp=1, ac=ac, micro_batch=micro_batch, reduce="micro_batch", compile=compiled,
+    return planned(size, gpus, tp=1, ac=ac, micro_batch=micro_batch, reduce="micro_batch", compile=compiled,
                    batch_tokens=rows * seq_len, seq_len=seq_len)  # fmt: skip
 
 
@@ -116,7 +116,7 @@ launch("llama2lib.sft", "paper", "--model", "/shared/Llama-2-70b", "--data", "/s
 learned = sft["annotations"] * sft["epochs"] * table["Meta"]["tokens_example"]
 print(f"\n{learned / 1e6:.0f}M tokens\nsize  GPUs   memory of one    GPU-hours")
 for size in SIZES:
-    found = step_of(size, sft["batch_size"], compiled=True)
+    found = step_of(size, GPUS[size], sft["batch_size"], compiled=True)
     hours[size]["fine-tuning"] = learned / found["tokens_per_second"] / 3600
     print(f"{size:>4} {GPUS[size]:5}   {gib(found):<14} {hours[size]['fine-tuning']:10,.0f}")
 
@@ -136,7 +136,7 @@ read = 2 * table["Total"]["comparisons"] * table["Total"]["tokens_example"]
 rows = TEXT["Section 3.2.2"]["batch_rows"]
 print(f"\n{read / 1e9:.1f}B tokens\nsize  GPUs   memory of one    GPU-hours")
 for size in SIZES:
-    found = step_of(size, rows)
+    found = step_of(size, GPUS[size], rows)
     hours[size]["reward models"] = read / found["tokens_per_second"] / 3600
     print(f"{size:>4} {GPUS[size]:5}   {gib(found):<14} {hours[size]['reward models']:10,.0f}")
 
@@ -197,7 +197,8 @@ asked = 100_000 * REJECTION["paper"].samples
 print(f"\n{asked:,} answers\nsize    GPU-hours to answer   to score")
 for size in SIZES:
     writing = asked * answer * answering(size)[2] / 3600
-    scoring = 2 * asked * table["Meta"]["tokens_example"] / step_of(size, rows)["tokens_per_second"] / 3 / 3600
+    speed = 3 * step_of(size, GPUS[size], rows)["tokens_per_second"]
+    scoring = 2 * asked * table["Meta"]["tokens_example"] / speed / 3600
     hours[size]["rejection sampling"] = writing + scoring
     print(f"{size:>4} {writing:17,.0f} {scoring:15,.0f}")
 
@@ -218,8 +219,7 @@ PPO_GPUS = {"7B": 8, "13B": 32, "34B": 64, "70B": 64}
 def held_by_ppo(size: str, gpus: int) -> dict[str, float]:
     "Bytes on each GPU: states of the five models, a training pass, and a copy to answer with."
     weights = LLAMA2[size].num_params
-    states, (ac, micro_batch) = sum(STATES.values()) * weights / gpus, LEAN[size]
-    step = planned(size, gpus, tp=1, ac=ac, micro_batch=micro_batch, reduce="micro_batch", batch_tokens=64 * 4096)
+    states, step = sum(STATES.values()) * weights / gpus, step_of(size, gpus, TEXT["Section 3.2.3"]["minibatch_size"])
     return {
         "states": states,
         "pass": step["total"] - STATES["policy"] * weights / gpus,
@@ -248,9 +248,7 @@ ppo = TEXT["Section 3.2.3"]
 
 def iteration(size: str, gpus: int) -> dict[str, float]:
     "Predicted seconds of an iteration of PPO, by part."
-    ac, micro_batch = LEAN[size]
-    step = planned(size, gpus, tp=1, ac=ac, micro_batch=micro_batch, reduce="micro_batch",
-                   batch_tokens=ppo["minibatch_size"] * 1024, seq_len=1024)  # fmt: skip
+    step = step_of(size, gpus, ppo["minibatch_size"], seq_len=1024)
     steps, node = ppo["batch_size"] / ppo["minibatch_size"], min(gpus, A100.gpus_per_node)
     weights, layers = 2 * LLAMA2[size].num_params, LLAMA2[size].n_layers
     held = held_by_ppo(size, gpus)["states"]

@@ -69,6 +69,7 @@ import tyro
 
 from llama2lib.checkpoint import load_checkpoint, read_tensors
 from llama2lib.dialog import TAGS
+from llama2lib.distributed import compute_dtype
 from llama2lib.generation import stream
 from llama2lib.launch import one_line_errors
 from llama2lib.model import ModelConfig
@@ -228,17 +229,17 @@ def needed(shape: ModelConfig, dtype: torch.dtype) -> tuple[int, int]:
     return shape.num_params * dtype.itemsize, shape.max_seq_len * shape.kv_bytes_per_token(dtype.itemsize)
 
 
-def check_room(shape: ModelConfig, dtype: str, device: torch.device):
+def check_room(shape: ModelConfig, dtype: torch.dtype, device: torch.device):
     "Print what a model needs; ValueError if its weights are larger than the memory of a GPU, or of the machine."
-    weights, context = needed(shape, DTYPES[dtype])
+    weights, context = needed(shape, dtype)
     if device.type == "cuda":
         room = torch.cuda.get_device_properties(device).total_memory
     else:
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    print(f"{shape.num_params:,} parameters in {dtype}: {weights / 1e9:,.1f} GB, "
+    print(f"{shape.num_params:,} parameters of {dtype.itemsize} bytes: {weights / 1e9:,.1f} GB, "
           f"and {context / 1e9:,.1f} GB for a conversation of {shape.max_seq_len:,} tokens")  # fmt: skip
     if weights > room:
-        hint = "; --dtype bf16 takes half" if dtype == "fp32" else ""
+        hint = "; --dtype bf16 takes half" if dtype == torch.float32 else ""
         raise ValueError(f"weights of {weights / 1e9:,.1f} GB do not fit into {room / 1e9:,.1f} GB of memory{hint}")
 
 
@@ -247,12 +248,12 @@ def cli(prog: str = "python -m llama2lib.chat"):
     "python -m llama2lib.chat --model FOLDER: talk to a model in the terminal."
     config = tyro.cli(ChatConfig, prog=prog)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = config.dtype or ("bf16" if device.type == "cuda" else "fp32")
+    dtype = DTYPES[config.dtype] if config.dtype else compute_dtype(device)
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # gives input() line editing and a history
     tokenizer = Tokenizer(config.tokenizer or config.model)
     check_room(read_tensors(config.model)[0], dtype, device)
-    model = load_checkpoint(config.model, device, DTYPES[dtype])
+    model = load_checkpoint(config.model, device, dtype)
     talk(Chat(model, tokenizer, config.system, config.temperature, config.top_p, config.max_new_tokens, config.seed))
 
 

@@ -259,7 +259,7 @@ def test_python_m_chat_reads_a_pipe(folder):
     run = subprocess.run([*command], input="who?\nwhom?\n", capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("cut off after 5 tokens") == 2
-    assert run.stdout.index("parameters in fp32: 0.0 GB") < run.stdout.index("Ctrl-C")
+    assert run.stdout.index("parameters of 4 bytes: 0.0 GB") < run.stdout.index("Ctrl-C")
     missing = subprocess.run([*command[:4], folder / "none"], capture_output=True, text=True, timeout=120)
     assert missing.returncode == 1 and "none" in missing.stderr and "Traceback" not in missing.stderr
 
@@ -268,13 +268,13 @@ def test_the_memory_that_a_model_needs_is_told_before_it_is_loaded(capsys):
     "Llama 2 70B by its card: 69 billion parameters, eight key/value heads of 128 in each of 80 layers."
     model = LLAMA2["70B"]
     assert needed(model, torch.bfloat16) == (2 * model.num_params, 4096 * 80 * 2 * 8 * 128 * 2)
-    check_room(LLAMA2["debug"], "fp32", torch.device("cpu"))
-    assert "parameters in fp32" in capsys.readouterr().out
+    check_room(LLAMA2["debug"], torch.float32, torch.device("cpu"))
+    assert "parameters of 4 bytes" in capsys.readouterr().out
     deep = replace(model, n_layers=10**5)  # hundreds of terabytes
     with pytest.raises(ValueError, match=r"do not fit into .* GB of memory; --dtype bf16 takes half"):
-        check_room(deep, "fp32", torch.device("cpu"))
+        check_room(deep, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"GB of memory$"):
-        check_room(deep, "bf16", torch.device("cpu"))
+        check_room(deep, torch.bfloat16, torch.device("cpu"))
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(folder):
