@@ -330,7 +330,7 @@ if scale() != "smoke":
 #
 # Nearly all of the hours are pretraining's. With the released weights and public data, everything after it is less than
 # two weeks of one node for 7B. The predictions are lower than what the paper reports, pretraining's by a quarter to a
-# half and PPO's by more: they are bounds for runs without a fault, and the authors do not say on how many GPUs theirs
+# half, PPO's by half: they are bounds for runs without a fault, and the authors do not say on how many GPUs theirs
 # ran.
 #
 # What is missing here for 34B and 70B is generation with a copy that the GPUs of a node share.
