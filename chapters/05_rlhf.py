@@ -1796,6 +1796,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+from filelock import FileLock
 
 from llama2lib import mini, mini_rewards
 from llama2lib.checkpoint import save_checkpoint
@@ -1826,21 +1827,23 @@ def asked(seed: int, number: int, count: int, split: str = "train", tagged: floa
 
 
 def program(seed: int) -> RLHFConfig:
-    "The program of a seed; makes what is not there yet, in the folder `out`."
+    "The program of a seed; makes what is not there yet, in the folder `out`, one process at a time."
     place = cache_folder() / "mini" / f"rlhf-{scale()}-seed{seed}-{source_digest('import llama2lib.mini_rlhf')[:12]}"
-    if not (place / "held-out.jsonl").exists():
-        save_checkpoint(mini.chat(seed), place / "chat", mini.tokenizer())
-        write_preferences(place / "public.jsonl", mini_rewards.contrasts(seed))
-        for value, most in (("helpfulness", mini_rewards.PAIRS), ("safety", None)):
-            rows = mini_rewards.comparisons(seed, value)[0][:most]
-            write_preferences(place / "comparisons" / f"{value}.jsonl", rows)
-        write_prompts(place / "prompts.jsonl", asked(seed, 0, PROMPTS))
-        write_prompts(place / "held-out.jsonl", asked(seed, 1, HELD_OUT, "test"))
     config = replace(
         PROGRAM, model=str(place / "chat"), comparisons=place / "comparisons", public=place / "public.jsonl",
         prompts=place / "prompts.jsonl", held_out=place / "held-out.jsonl", out=place / "program", seed=seed,
     )  # fmt: skip
-    run(config)
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / "lock"):  # two notebooks may want it at the same time
+        if not (place / "held-out.jsonl").exists():
+            save_checkpoint(mini.chat(seed), place / "chat", mini.tokenizer())
+            write_preferences(place / "public.jsonl", mini_rewards.contrasts(seed))
+            for value, most in (("helpfulness", mini_rewards.PAIRS), ("safety", None)):
+                rows = mini_rewards.comparisons(seed, value)[0][:most]
+                write_preferences(place / "comparisons" / f"{value}.jsonl", rows)
+            write_prompts(place / "prompts.jsonl", asked(seed, 0, PROMPTS))
+            write_prompts(place / "held-out.jsonl", asked(seed, 1, HELD_OUT, "test"))
+        run(config)
     return config
 
 

@@ -60,3 +60,17 @@ def test_the_program_runs_once_at_the_smoke_scale():
     stages += ["V2 collect", "V2 reward", "V2 bag", "V2 tune", "V2 ppo"]
     assert [line for line in first.splitlines() if line.startswith("V")] == stages
     assert again == "V2/5-ppo/model\n"  # nothing was made anew
+
+
+def test_two_processes_make_a_program_one_after_the_other(tmp_path):
+    "As two notebooks do that are tested side by side."
+    code = "from llama2lib.mini_rlhf import program; print(program(0).out.exists())"
+    environment = os.environ | {"LLAMA2_CACHE": str(tmp_path), "LLAMA2_SCALE": "smoke", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in started:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0 and out.endswith("True\n"), errors[-2000:]
